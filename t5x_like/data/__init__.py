@@ -1,0 +1,1 @@
+"""Data: seqio tasks, the token store, the order of rows as arithmetic, and loaders."""
