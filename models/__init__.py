@@ -1,0 +1,1 @@
+"""Model definitions: configurations, layers and the decoder."""

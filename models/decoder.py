@@ -1,0 +1,194 @@
+"""One block, one decoder: GPT, MPT, Llama, Falcon and NeoX are configurations of it.
+
+Letters: B batch, L length, D embed, V vocab.
+"""
+
+import dataclasses
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Float, Int, Key
+
+from models import attention, cache, layers, positions
+from models.config import DecoderConfig
+from partitioning import rules
+
+POLICIES = {
+    'full': None,
+    'dots': jax.checkpoint_policies.dots_saveable,
+    'dots_no_batch': jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+}
+
+
+class Block(nnx.Module):
+  """Attention and MLP around the residual stream."""
+
+  def __init__(self, config: DecoderConfig, rngs: nnx.Rngs):
+    self.config = config
+    # Branch outputs start at 1/sqrt(2 layers) so that the residual's variance does not grow with
+    # depth (GPT-2).
+    scale = (2 * config.layers) ** -0.5
+    self.norm1 = layers.Norm(config)
+    self.norm2 = layers.Norm(config) if config.block == 'serial' else None
+    self.attention = attention.Attention(config, rngs, out_scale=scale)
+    self.mlp = layers.MLP(config, rngs, out_scale=scale)
+
+  def __call__(self, x: Float[Array, 'B L D'], *, mask: attention.Mask, rotary: tuple | None,
+               cached: tuple | None, key: Key[Array, ''] | None
+               ) -> tuple[Float[Array, 'B L D'], tuple | None]:
+    rate = self.config.dropout
+    keys = (None, None) if key is None else jax.random.split(key)
+    h = self.norm1(x)
+    attended, cached = self.attention(h, mask=mask, rotary=rotary, cached=cached)
+    attended = layers.dropout(attended, rate, keys[0])
+    if self.norm2 is None:
+      x = x + attended + layers.dropout(self.mlp(h), rate, keys[1])
+    else:
+      x = x + attended
+      x = x + layers.dropout(self.mlp(self.norm2(x)), rate, keys[1])
+    return rules.constrain(x, 'batch', 'length', 'embed'), cached
+
+
+@jax.custom_vjp
+def unstack(stacked: Any) -> tuple[Any, ...]:
+  """Splits the leading axis of every leaf; its transpose stacks once.
+
+  The transpose of indexing would pad every layer's gradient to the full size and add them up.
+  """
+  count = jax.tree.leaves(stacked)[0].shape[0]
+  return tuple(jax.tree.map(lambda w, i=i: w[i], stacked) for i in range(count))
+
+
+unstack.defvjp(lambda stacked: (unstack(stacked), None),
+               lambda _, grads: (jax.tree.map(lambda *g: jnp.stack(g), *grads),))
+
+
+class Decoder(nnx.Module):
+  """Token ids to logits.
+
+  Layers are stacked on a leading axis whatever the loop, so a checkpoint, an optimizer state and
+  a decay mask do not depend on how layers are executed.
+  """
+
+  def __init__(self, config: DecoderConfig, rngs: nnx.Rngs):
+    self.config = config
+    self.embed = layers.Embed(config, rngs)
+    learned = config.position == 'learned'
+    self.position = positions.LearnedPositions(config, rngs) if learned else None
+    self.layers = nnx.vmap(lambda r: Block(config, r))(rngs.split(config.layers))
+    self.norm = layers.Norm(config)
+    untied = config.embeddings == 'untied'
+    self.head = layers.Dense(rngs, ins={'embed': config.embed}, outs={'vocab': config.vocab},
+                             bias='head' in config.biases) if untied else None
+
+  def __call__(self, inputs: Int[Array, 'B L'], *, positions: Int[Array, 'B L'] | None = None,
+               segment_ids: Int[Array, 'B L'] | None = None,
+               dropout_key: Key[Array, ''] | None = None) -> Float[Array, 'B L V']:
+    """Logits of the next token at every place.
+
+    Args:
+      inputs: token ids in [0, vocab).
+      positions: position of each token in its document; None counts from the row's start.
+      segment_ids: document of each token (0 is padding); tokens attend only within their own.
+      dropout_key: None disables dropout.
+    Returns:
+      float32 logits.
+    """
+    if self.config.position in ('learned',) and inputs.shape[1] > self.config.max_length:
+      raise ValueError(f'row of {inputs.shape[1]} tokens exceeds max_length='
+                       f'{self.config.max_length} of the learned positions')
+    mask = attention.Mask(segment_ids, segment_ids)
+    return self._run(inputs, positions, mask, None, dropout_key)[0]
+
+  def decode(self, inputs: Int[Array, 'B L'], past: cache.Cache, *,
+             positions: Int[Array, 'B L'], segment_ids: Int[Array, 'B L']
+             ) -> tuple[Float[Array, 'B L V'], cache.Cache]:
+    """Appends `inputs` to the cache and returns their logits; prefill is the same with L > 1.
+
+    Args:
+      inputs: the next tokens of each row.
+      past: keys and values so far.
+      positions: their positions.
+      segment_ids: 1 for real tokens, 0 for padding.
+    Returns:
+      Logits and the longer cache.
+    """
+    segments = jax.lax.dynamic_update_slice_in_dim(past.segments, segment_ids, past.index, 1)
+    mask = attention.Mask(segment_ids, segments, past.index)
+    logits, (keys, values) = self._run(inputs, positions, mask, (past.key, past.value), None)
+    return logits, cache.Cache(keys, values, segments, past.index + inputs.shape[1])
+
+  def _run(self, inputs, positions_BL, mask, cached, key):
+    config = self.config
+    if positions_BL is None:
+      positions_BL = jnp.broadcast_to(
+          jnp.arange(inputs.shape[1], dtype=jnp.int32)[None], inputs.shape)
+    x = self.embed(inputs)
+    if self.position is not None:
+      x = x + self.position(positions_BL, x.dtype)
+    layer_keys = None
+    if key is not None and config.dropout:
+      input_key, layer_key = jax.random.split(key)
+      x = layers.dropout(x, config.dropout, input_key)
+      layer_keys = jax.random.split(layer_key, config.layers)
+    rotary = None
+    if config.position == 'rope':
+      rotary = positions.rotary_table(positions_BL, config.rotary_dim, config.rope_theta)
+    x, cached = self._loop(x, cached, layer_keys, mask=mask, rotary=rotary)
+    x = self.norm(x)
+    logits = self.embed.attend(x) if self.head is None else self.head(x, ('vocab',))
+    logits = rules.constrain(logits.astype(jnp.float32), 'batch', 'length', 'vocab')
+    if config.logit_softcap is not None:
+      logits = jnp.tanh(logits / config.logit_softcap) * config.logit_softcap
+    return logits, cached
+
+  def _loop(self, x, cached, layer_keys, *, mask, rotary):
+    config = self.config
+    graphdef, params = nnx.split(self.layers)
+    params = nnx.to_pure_dict(params)
+
+    def body(x, per_layer):
+      p, past, key = per_layer
+      return nnx.merge(graphdef, p)(x, mask=mask, rotary=rotary, cached=past, key=key)
+
+    if config.remat != 'none':
+      scanned = config.layer_loop == 'scan'
+      body = jax.checkpoint(body, policy=POLICIES[config.remat], prevent_cse=not scanned)
+    if config.layer_loop == 'scan':
+      return jax.lax.scan(body, x, (params, cached, layer_keys))
+    outs = []
+    for i, p in enumerate(unstack(params)):
+      past = None if cached is None else (cached[0][i], cached[1][i])
+      x, out = body(x, (p, past, None if layer_keys is None else layer_keys[i]))
+      outs.append(out)
+    return x, None if cached is None else jax.tree.map(lambda *a: jnp.stack(a), *outs)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class DecoderLM:
+  """The model definition a run is given: how to build the module, and what it costs.
+
+  Any object with `build(rngs) -> flax.nnx.Module` can take its place; `flops_per_token` and
+  `empty_cache` are optional and enable MFU and cached decoding.
+  """
+
+  config: DecoderConfig
+
+  @property
+  def vocab(self) -> int:
+    """Vocabulary entries, checked against the data before a run."""
+    return self.config.vocab
+
+  def build(self, rngs: nnx.Rngs) -> Decoder:
+    """The module with freshly drawn parameters."""
+    return Decoder(self.config, rngs)
+
+  def flops_per_token(self, length: int) -> float:
+    """Training FLOPs per token; see `DecoderConfig.flops_per_token`."""
+    return self.config.flops_per_token(length)
+
+  def empty_cache(self, batch: int, length: int) -> cache.Cache:
+    """A key/value cache for `batch` rows of `length` tokens."""
+    return cache.empty(self.config, batch, length)

@@ -1,0 +1,160 @@
+"""Weights with logical axes, norms, embeddings, MLPs and dropout.
+
+Letters: B batch, L length, D embed, F mlp, V vocab.
+"""
+
+from collections.abc import Callable, Sequence
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Float, Int, Key
+
+from models.config import DecoderConfig
+from partitioning import rules
+
+ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
+    'gelu': lambda x: jax.nn.gelu(x, approximate=False), 'gelu_tanh': jax.nn.gelu,
+    'relu': jax.nn.relu, 'silu': jax.nn.silu,
+}
+
+
+def param(value: jax.Array, axes: Sequence[str]) -> nnx.Param:
+  """A parameter with its logical axes under our own metadata key.
+
+  Flax's own `sharding` metadata would place values eagerly; state is born sharded by jit instead.
+  """
+  assert value.ndim == len(axes), (value.shape, axes)
+  return nnx.Param(value, axes=tuple(axes))
+
+
+def fan_in_init(rngs: nnx.Rngs, shape: Sequence[int], fan_in: int) -> jax.Array:
+  """Truncated normal at two deviations with variance 1 / fan_in, float32.
+
+  0.8796 is the deviation of a unit normal cut at two, so the result has the stated variance.
+  """
+  drawn = jax.random.truncated_normal(rngs.params(), -2.0, 2.0, tuple(shape), jnp.float32)
+  return drawn * (fan_in**-0.5 / 0.87962566103423978)
+
+
+class Dense(nnx.Module):
+  """y = x @ kernel (+ bias), for kernels of any rank.
+
+  Attributes:
+    kernel: [*ins, *outs] float32.
+    bias: [*outs] float32, or None.
+  """
+
+  def __init__(self, rngs: nnx.Rngs, *, ins: dict[str, int], outs: dict[str, int],
+               bias: bool = False, scale: float = 1.0):
+    fan_in = 1
+    for size in ins.values():
+      fan_in *= size
+    self.ins, self.outs = tuple(ins), tuple(outs)
+    self.in_shape, self.out_shape = tuple(ins.values()), tuple(outs.values())
+    shape = (*self.in_shape, *self.out_shape)
+    self.kernel = param(fan_in_init(rngs, shape, fan_in) * scale, (*ins, *outs))
+    self.bias = param(jnp.zeros(self.out_shape, jnp.float32), self.outs) if bias else None
+
+  def __call__(self, x: Float[Array, 'B L *ins'], out_axes: tuple[str, ...]
+               ) -> Float[Array, 'B L *outs']:
+    """Applies the layer.
+
+    Args:
+      x: [B, L, *ins] in the compute dtype.
+      out_axes: logical axes of the result after batch and length, one entry per output dim.
+    Returns:
+      [B, L, *outs] in the dtype of `x`.
+    """
+    batch = x.shape[:2]
+    kernel = rules.gathered(self.kernel[...], *self.ins, *self.outs).astype(x.dtype)
+    rows, columns = _size(self.in_shape), _size(self.out_shape)
+    y = rules.project(x.reshape(*batch, rows), kernel.reshape(rows, columns),
+                      ('batch', 'length', out_axes[0]))
+    y = y.reshape(*batch, *self.out_shape)
+    if self.bias is not None:
+      bias = rules.gathered(self.bias[...], *self.outs).astype(x.dtype)
+      y = y + bias.reshape((1, 1) + self.out_shape)
+    return rules.constrain(y, 'batch', 'length', *out_axes)
+
+
+def _size(shape: Sequence[int]) -> int:
+  total = 1
+  for dim in shape:
+    total *= dim
+  return total
+
+
+class Norm(nnx.Module):
+  """RMSNorm (arXiv:1910.07467) or LayerNorm (arXiv:1607.06450), computed in float32."""
+
+  def __init__(self, config: DecoderConfig):
+    self.kind, self.eps = config.norm, config.norm_eps
+    self.scale = param(jnp.ones((config.embed,), jnp.float32), ('norm',))
+    biased = 'norm' in config.biases
+    self.bias = param(jnp.zeros((config.embed,), jnp.float32), ('norm',)) if biased else None
+
+  def __call__(self, x: Float[Array, 'B L D']) -> Float[Array, 'B L D']:
+    y = x.astype(jnp.float32)
+    if self.kind == 'layernorm':
+      y = y - jnp.mean(y, -1, keepdims=True)
+    y = y * jax.lax.rsqrt(jnp.mean(y * y, -1, keepdims=True) + self.eps)
+    y = y * self.scale[...].reshape(1, 1, -1)
+    if self.bias is not None:
+      y = y + self.bias[...].reshape(1, 1, -1)
+    return y.astype(x.dtype)
+
+
+class MLP(nnx.Module):
+  """Plain (two matrices) or gated (three) feed-forward layer."""
+
+  def __init__(self, config: DecoderConfig, rngs: nnx.Rngs, *, out_scale: float = 1.0):
+    self.activation = config.activation
+    bias = 'mlp' in config.biases
+    embed, mlp = {'embed': config.embed}, {'mlp': config.mlp}
+    gated = config.mlp_form == 'gated'
+    self.gate = Dense(rngs, ins=embed, outs=mlp, bias=bias) if gated else None
+    self.up = Dense(rngs, ins=embed, outs=mlp, bias=bias)
+    self.down = Dense(rngs, ins=mlp, outs=embed, bias=bias, scale=out_scale)
+
+  def __call__(self, x: Float[Array, 'B L D']) -> Float[Array, 'B L D']:
+    act = ACTIVATIONS[self.activation]
+    up = self.up(x, ('mlp',))
+    hidden = act(up) if self.gate is None else act(self.gate(x, ('mlp',))) * up
+    return self.down(hidden, ('embed',))
+
+
+class Embed(nnx.Module):
+  """Token table, read by gather on one device and by one-hot product where the table is split.
+
+  The transpose of a gather is a scatter, which a partitioner turns into a full rematerialisation
+  of a split table; the transpose of a product is a product.
+  """
+
+  def __init__(self, config: DecoderConfig, rngs: nnx.Rngs):
+    self.shape, self.dtype = (config.vocab, config.embed), jnp.dtype(config.dtype)
+    value = fan_in_init(rngs, self.shape, config.embed)
+    self.embedding = param(value, ('vocab', 'embed'))
+
+  def __call__(self, tokens: Int[Array, 'B L']) -> Float[Array, 'B L D']:
+    table = rules.gathered(self.embedding[...], 'vocab', 'embed').astype(self.dtype)
+    if rules.splits('vocab', 'embed', shape=self.shape):
+      hot = jax.nn.one_hot(tokens, self.shape[0], dtype=self.dtype)
+      x = rules.project(rules.constrain(hot, 'batch', 'length', 'vocab'), table,
+                        ('batch', 'length', 'embed'))
+    else:
+      x = table[tokens]
+    return rules.constrain(x, 'batch', 'length', 'embed')
+
+  def attend(self, x: Float[Array, 'B L D']) -> Float[Array, 'B L V']:
+    """Logits against the same table (tied embeddings)."""
+    table = rules.gathered(self.embedding[...], 'vocab', 'embed').astype(x.dtype)
+    return rules.project(x, table.T, ('batch', 'length', 'vocab'))
+
+
+def dropout(x: jax.Array, rate: float, key: Key[Array, ''] | None) -> jax.Array:
+  """Inverted dropout; the identity without a key or at rate 0."""
+  if key is None or rate == 0.0:
+    return x
+  keep = jax.random.bernoulli(key, 1.0 - rate, x.shape)
+  return jnp.where(keep, x / (1.0 - rate), jnp.zeros((), x.dtype)).astype(x.dtype)

@@ -1,0 +1,55 @@
+"""Splash attention: block-sparse flash attention on TPU, one shard per device.
+
+Letters: B batch, L length, H query heads, G key/value heads, K head_dim.
+"""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+from jax.experimental.pallas.ops.tpu.splash_attention import (
+    splash_attention_kernel as kernel,
+)
+from jax.experimental.pallas.ops.tpu.splash_attention import (
+    splash_attention_mask as masks,
+)
+from jaxtyping import Array, Float, Int
+
+from partitioning import rules
+
+
+def _one_shard(q: jax.Array, k: jax.Array, v: jax.Array, segments: jax.Array | None, *,
+               interpret: bool) -> jax.Array:
+  length, heads, groups = q.shape[1], q.shape[2], k.shape[2]
+  repeat = heads // groups
+  if repeat > 1:
+    k, v = jnp.repeat(k, repeat, 2), jnp.repeat(v, repeat, 2)
+  block = min(512, length)
+  sizes = kernel.BlockSizes(
+      block_q=block, block_kv=block, block_kv_compute=block, block_q_dkv=block,
+      block_kv_dkv=block, block_kv_dkv_compute=block, block_q_dq=block, block_kv_dq=block)
+  mask = masks.MultiHeadMask([masks.CausalMask((length, length))] * heads)
+  run = kernel.make_splash_mha_single_device(mask, block_sizes=sizes, interpret=interpret)
+  heads_first = lambda x: x.transpose(0, 2, 1, 3)
+  ids = None if segments is None else kernel.SegmentIds(q=segments, kv=segments)
+  axis = None if segments is None else kernel.SegmentIds(q=0, kv=0)  # pyright: ignore
+  out = jax.vmap(run, in_axes=(0, 0, 0, axis))(heads_first(q), heads_first(k), heads_first(v), ids)
+  return heads_first(out)
+
+
+def attend(q: Float[Array, 'B L H K'], k: Float[Array, 'B L G K'], v: Float[Array, 'B L G K'],
+           segments: Int[Array, 'B L'] | None) -> Float[Array, 'B L H K']:
+  """Causal attention within segments by the splash kernel.
+
+  Args:
+    q: queries, already scaled; L a multiple of 128.
+    segments: segment of each token, or None for one segment.
+  Returns:
+    [B, L, H, K] in the dtype of `q`. Off a TPU the kernel is interpreted: correct, and slow.
+  """
+  one = functools.partial(_one_shard, interpret=jax.default_backend() != 'tpu')
+  return rules.per_shard(
+      one, (q, k, v, segments),
+      ins=(('batch', 'length', 'heads', 'head_dim'), ('batch', 'length', 'kv_heads', 'head_dim'),
+           ('batch', 'length', 'kv_heads', 'head_dim'), ('batch', 'length')),
+      out=('batch', 'length', 'heads', 'head_dim'))
