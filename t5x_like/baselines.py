@@ -1,0 +1,255 @@
+"""What a language model has to beat: a unigram model, gzip -9 and xz -9e, primed with the
+training text, in bits per byte of the same held-out documents.
+
+    python -m t5x_like.baselines --gin.baselines.STORE_DIR=... (see `baselines`)
+
+computes them ahead, beside the store, while a model trains.
+"""
+
+import concurrent.futures
+import json
+import lzma
+import os
+import sys
+import time
+import zlib
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Any
+
+import numpy as np
+
+from t5x_like import config, tables
+from t5x_like.data import store as store_lib
+from t5x_like.data import vocabularies
+
+# What deflate can look back on: its window less the longest match and its lookahead.
+_DEFLATE_WINDOW = 32768 - 262
+_XZ_DICTIONARY = 64 << 20  # The dictionary of xz -9.
+_CHUNK_TOKENS = 1 << 22
+_FORMAT = 1
+
+
+def count_tokens(tokens: Any, *, vocab_size: int) -> np.ndarray:
+  """Counts how often each token occurs.
+
+  Args:
+    tokens: flat array (or anything sliced like one), ids in [0, vocab_size).
+    vocab_size: number of tokens.
+
+  Returns:
+    int64 [vocab_size].
+  """
+  counts = np.zeros(vocab_size, np.int64)
+  for start in range(0, len(tokens), _CHUNK_TOKENS):
+    counts += np.bincount(tokens[start:start + _CHUNK_TOKENS], minlength=vocab_size)
+  return counts
+
+
+def unigram_bits(train_counts: np.ndarray, *, heldout_counts: np.ndarray) -> float:
+  """Code length of held-out tokens under add-one smoothed training frequencies (Laplace).
+
+  Args:
+    train_counts: [vocab_size].
+    heldout_counts: [vocab_size].
+
+  Returns:
+    Bits.
+  """
+  smoothed = train_counts.astype(np.float64) + 1
+  return float(-(heldout_counts * np.log2(smoothed / smoothed.sum())).sum())
+
+
+def gzip_bits(documents: Iterable[bytes], *, train: bytes) -> float:
+  """Size of documents under gzip -9's method (deflate), each primed with training text.
+
+  Each document is coded alone, as the model codes it, with the end of the training text as its
+  dictionary, as much of it as deflate can look back on. No gzip header or checksum is counted.
+
+  Args:
+    documents: held-out texts.
+    train: training text.
+
+  Returns:
+    Bits.
+  """
+  dictionary = train[-_DEFLATE_WINDOW:]
+  total = 0
+  for document in documents:
+    if dictionary:
+      packer = zlib.compressobj(9, zlib.DEFLATED, -15, 9, zlib.Z_DEFAULT_STRATEGY, dictionary)
+    else:
+      packer = zlib.compressobj(9, zlib.DEFLATED, -15, 9)
+    total += len(packer.compress(document)) + len(packer.flush())
+  return 8.0 * total
+
+
+def xz_bytes(text: bytes) -> int:
+  """Size of a text under xz -9e.
+
+  Args:
+    text: any bytes.
+
+  Returns:
+    Bytes. The dictionary is no larger than the text, which saves memory and changes nothing.
+  """
+  dictionary = max(4096, min(_XZ_DICTIONARY, len(text)))
+  filters = [{'id': lzma.FILTER_LZMA2, 'preset': 9 | lzma.PRESET_EXTREME, 'dict_size': dictionary}]
+  packer = lzma.LZMACompressor(lzma.FORMAT_XZ, filters=filters)
+  size = len(packer.compress(text))
+  return size + len(packer.flush())
+
+
+def compression_bits(documents: Sequence[bytes], *, train: bytes) -> dict[str, float]:
+  """Codes held-out documents with both compressors at once, one thread per pass.
+
+  xz reads the training text and then all held-out documents as one stream: size(train + held-out)
+  - size(train). So, unlike the model, it also learns from one held-out document for the next.
+
+  Args:
+    documents: held-out texts.
+    train: training text.
+
+  Returns:
+    {'gzip': bits, 'xz': bits}.
+  """
+  with concurrent.futures.ThreadPoolExecutor(3) as pool:  # Both libraries release the GIL.
+    both = pool.submit(xz_bytes, train + b''.join(documents))
+    alone = pool.submit(xz_bytes, train)
+    gzip = pool.submit(gzip_bits, documents, train=train)
+    return {'gzip': gzip.result(), 'xz': 8.0 * (both.result() - alone.result())}
+
+
+def spread(count: int, *, share: float) -> Iterator[int]:
+  """Picks documents evenly.
+
+  Args:
+    count: documents there are.
+    share: of them to pick, in (0, 1].
+
+  Returns:
+    Ascending indexes.
+  """
+  return (i for i in range(count) if int((i + 1) * share) > int(i * share))
+
+
+def text_of(store: store_lib.Store, *, limit: int) -> tuple[list[bytes], int]:
+  """Decodes documents of a store.
+
+  Args:
+    store: with text in its feature 'targets'.
+    limit: bytes of text; a larger store gives evenly spread documents of about that size.
+
+  Returns:
+    One UTF-8 text per document, end-of-sequence tokens left out, and how many of them differ in
+    length from the text the document was made from.
+  """
+  vocabulary = vocabularies.from_manifest(store.manifest['vocabulary'], directory=store.path)
+  share = min(1.0, limit / max(1, store.text_bytes))
+  lengths = store.byte_lengths
+  documents, altered = [], 0
+  for index in spread(store.num_documents, share=share):
+    ids = store.document_tokens(index)
+    documents.append(vocabulary.decode(ids[ids != store.eos_id].tolist()).encode())
+    altered += len(documents[-1]) != lengths[index]
+  return documents, altered
+
+
+def measure(train: store_lib.Store, *, heldout: store_lib.Store, train_limit: int = 16 << 20,
+            heldout_limit: int = 16 << 20) -> dict[str, Any]:
+  """Measures the baselines on two stores.
+
+  Args:
+    train: what to learn from.
+    heldout: what to code.
+    train_limit: bytes of training text the compressors are primed with, at most.
+    heldout_limit: bytes of held-out text they code, at most.
+
+  Returns:
+    'bits_per_byte': {'unigram', 'gzip', 'xz'}, and on what they were measured (JSON-able).
+  """
+  begin = time.monotonic()
+  counts = [count_tokens(s.tokens(), vocab_size=s.vocab_size) for s in (train, heldout)]
+  unigram = unigram_bits(counts[0], heldout_counts=counts[1]) / max(1, heldout.text_bytes)
+  training, altered = text_of(train, limit=train_limit)
+  primer = b''.join(training)
+  documents, altered_heldout = text_of(heldout, limit=heldout_limit)
+  coded = max(1, sum(map(len, documents)))
+  bits = compression_bits(documents, train=primer)
+  return {
+    'bits_per_byte': {'unigram': unigram, 'gzip': bits['gzip'] / coded, 'xz': bits['xz'] / coded},
+    'train_tokens': int(counts[0].sum()),
+    'train_bytes': train.text_bytes,
+    'train_bytes_primed': len(primer),
+    'heldout_tokens': int(counts[1].sum()),
+    'heldout_bytes': heldout.text_bytes,
+    'heldout_bytes_coded': coded,
+    'heldout_documents': heldout.num_documents,
+    'documents_altered': int(altered + altered_heldout),
+    'seconds': round(time.monotonic() - begin, 3),
+  }
+
+
+def baselines(*, store_dir: str, source: str, train_split: str = 'train',
+              split: str = 'validation', train_limit: int = 16 << 20,
+              heldout_limit: int = 16 << 20) -> dict[str, Any]:
+  """Measures the baselines of a source, or reads them where this was done before.
+
+  The result is kept in `<store_dir>/<source>/` under a name made of what it depends on, so that a
+  call in the background, during training, makes the report's call instant.
+
+  Args:
+    store_dir: folder that holds the stores.
+    source: name of the task.
+    train_split: split to learn from.
+    split: held-out split.
+    train_limit: as in `measure`.
+    heldout_limit: as in `measure`.
+
+  Returns:
+    As `measure`.
+
+  Raises:
+    ValueError: if there is no such store.
+  """
+  train = store_lib.Store(store_lib.store_path(store_dir, source=source, split=train_split))
+  heldout = store_lib.Store(store_lib.store_path(store_dir, source=source, split=split))
+  key = store_lib.combined_fingerprint(
+    [_FORMAT, train.fingerprint, heldout.fingerprint, train_limit, heldout_limit])
+  path = os.path.join(store_dir, source, f'baselines-{key[:16]}.json')
+  try:
+    with open(path, encoding='utf-8') as file:
+      return json.load(file)
+  except (OSError, ValueError):  # Not there yet, or torn by a kill: measure.
+    pass
+  found = measure(train, heldout=heldout, train_limit=train_limit, heldout_limit=heldout_limit)
+  temporary = f'{path}.{os.getpid()}.tmp'
+  try:
+    with open(temporary, 'w', encoding='utf-8') as file:
+      json.dump(found, file, indent=1)
+    os.replace(temporary, path)
+  except OSError as error:  # A store may be read-only; the numbers are good all the same.
+    print(f'warning: baselines are not kept for the next time: {error}', file=sys.stderr)
+  return found
+
+
+def dry_run(*, store_dir: str, source: str, train_split: str = 'train', split: str = 'validation',
+            train_limit: int = 16 << 20, heldout_limit: int = 16 << 20) -> None:
+  """Says what `baselines` would read, without computing anything.
+
+  Args:
+    store_dir: as in `baselines`.
+    source: as in `baselines`.
+    train_split: as in `baselines`.
+    split: as in `baselines`.
+    train_limit: as in `measure`.
+    heldout_limit: as in `measure`.
+  """
+  for name, limit in ((train_split, train_limit), (split, heldout_limit)):
+    store = store_lib.Store(store_lib.store_path(store_dir, source=source, split=name))
+    print(f'{store.path}: {store.num_documents:,} documents, {store.num_tokens():,} tokens, '
+          f'{tables.bytes_text(store.text_bytes)} of text, of which at most '
+          f'{tables.bytes_text(limit)} for the compressors')
+
+
+if __name__ == '__main__':
+  sys.exit(config.run('t5x_like.baselines.baselines'))
