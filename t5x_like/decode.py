@@ -1,0 +1,173 @@
+"""Sampling with a key/value cache: prefill once, then one token at a time inside one loop.
+
+Letters: B batch, L prompt length, T new tokens, V vocab.
+"""
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float, Int, Key
+
+from partitioning import rules as rules_lib
+from t5x_like import step as step_lib
+from t5x_like.hooks import Run
+from t5x_like.state import Structure
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Sampling:
+  """How the next token is drawn.
+
+  Attributes:
+    temperature: 0 is greedy; above, logits are divided by it.
+    top_k: keep the k likeliest tokens; None keeps all.
+    top_p: keep the smallest set of tokens whose probability reaches p (arXiv:1904.09751).
+  """
+
+  temperature: float = 1.0
+  top_k: int | None = None
+  top_p: float | None = None
+
+  def __post_init__(self):
+    if self.temperature < 0:
+      raise ValueError(f'Sampling.temperature={self.temperature} must be at least 0')
+    if self.top_k is not None and self.top_k < 1:
+      raise ValueError(f'Sampling.top_k={self.top_k} must be at least 1 or None')
+    if self.top_p is not None and not 0 < self.top_p <= 1:
+      raise ValueError(f'Sampling.top_p={self.top_p} must be in (0, 1] or None')
+
+
+def draw(logits: Float[Array, 'B V'], sampling: Sampling, key: Key[Array, '']) -> Int[Array, ' B']:
+  """Draws one token per row.
+
+  Args:
+    logits: float32.
+    sampling: temperature and truncation.
+    key: ignored when greedy.
+  Returns:
+    int32 ids.
+  """
+  if sampling.temperature == 0:
+    return jnp.argmax(logits, -1).astype(jnp.int32)
+  logits = logits / sampling.temperature
+  if sampling.top_k is not None and sampling.top_k < logits.shape[-1]:
+    smallest = jax.lax.top_k(logits, sampling.top_k)[0][:, -1:]
+    logits = jnp.where(logits < smallest, -jnp.inf, logits)
+  if sampling.top_p is not None and sampling.top_p < 1:
+    ordered = -jnp.sort(-logits, -1)
+    before = jnp.cumsum(jax.nn.softmax(ordered, -1), -1) - jax.nn.softmax(ordered, -1)
+    smallest = jnp.min(jnp.where(before < sampling.top_p, ordered, jnp.inf), -1, keepdims=True)
+    logits = jnp.where(logits < smallest, -jnp.inf, logits)
+  return jax.random.categorical(key, logits, -1).astype(jnp.int32)
+
+
+class Generator:
+  """Generates continuations of prompts; one compilation per prompt and output length."""
+
+  def __init__(self, structure: Structure, model: Any, *, sampling: Sampling,
+               eos_id: int | None = None):
+    """Makes a generator.
+
+    Args:
+      structure: the model's.
+      model: has `empty_cache(batch, length)`; its module has `decode`.
+      sampling: how tokens are drawn.
+      eos_id: rows stop after it (the rest is filled with it); None never stops.
+    """
+    self._structure, self._model, self._eos = structure, model, eos_id
+    self._sampling = sampling
+    self._jitted = jax.jit(self._generate, static_argnames='new_tokens')
+
+  def _generate(self, params: Any, prompts: Int[Array, 'B L'], segments: Int[Array, 'B L'],
+                key: Key[Array, ''], *, new_tokens: int) -> Int[Array, 'B T']:
+    module = self._structure.module(params)
+    batch, length = prompts.shape
+    cache = self._model.empty_cache(batch, length + new_tokens)
+    positions = jnp.maximum(jnp.cumsum(segments, -1) - 1, 0)
+    logits, cache = module.decode(prompts, cache, positions=positions, segment_ids=segments)
+    ones = jnp.ones((batch, 1), jnp.int32)
+
+    def one(carry: Any, i: jax.Array) -> tuple[Any, jax.Array]:
+      logits, cache, position, done = carry
+      token = draw(logits, self._sampling, jax.random.fold_in(key, i))
+      if self._eos is not None:
+        token = jnp.where(done, self._eos, token)
+        done = done | (token == self._eos)
+      logits, cache = module.decode(token[:, None], cache, positions=position, segment_ids=ones)
+      return (logits[:, -1], cache, position + 1, done), token
+
+    start = (logits[:, -1], cache, positions[:, -1:] + 1, jnp.zeros((batch,), bool))
+    _, tokens = jax.lax.scan(one, start, jnp.arange(new_tokens, dtype=jnp.int32))
+    return tokens.T
+
+  def __call__(self, params: Any, prompts: Sequence[Sequence[int]], *, new_tokens: int,
+               seed: int = 0) -> list[list[int]]:
+    """Generates.
+
+    Args:
+      params: nested dict of arrays.
+      prompts: token ids per row, at least one each (the begin id stands for an empty prompt);
+        shorter rows are padded on the left, which changes nothing.
+      new_tokens: tokens to add to each row, at least 1.
+      seed: of the draws.
+    Returns:
+      The new ids per row, cut after the first end of text.
+    Raises:
+      ValueError: an empty prompt, or no new token asked for.
+    """
+    if new_tokens < 1 or not prompts or any(len(p) == 0 for p in prompts):
+      raise ValueError('generation needs new_tokens >= 1 and at least one id in every prompt')
+    longest = max(len(p) for p in prompts)
+    ids = np.zeros((len(prompts), longest), np.int32)
+    segments = np.zeros_like(ids)
+    for row, prompt in enumerate(prompts):
+      ids[row, longest - len(prompt):] = prompt
+      segments[row, longest - len(prompt):] = 1
+    with jax.set_mesh(self._structure.mesh), rules_lib.use(self._structure.rules):
+      out = self._jitted(params, ids, segments, jax.random.key(seed), new_tokens=new_tokens)
+    rows = np.asarray(out).tolist()
+    return [row if self._eos is None or self._eos not in row else row[:row.index(self._eos)]
+            for row in rows]
+
+
+class Samples:
+  """A hook: prints and records continuations of prompts."""
+
+  def __init__(self, *, prompts: Sequence[str] = ('',), every: int = 0, new_tokens: int = 64,
+               sampling: Sampling | None = None, seed: int = 0):
+    """Makes the hook.
+
+    Args:
+      prompts: texts to continue; '' lets the model begin.
+      every: updates between samples; 0 means only after the last.
+      new_tokens: tokens to add.
+      sampling: how tokens are drawn; None means temperature 0.8.
+      seed: of the draws.
+    """
+    if every < 0:
+      raise ValueError(f'Samples every={every} must be 0 (only at the end) or more')
+    self._prompts, self._every, self._new_tokens = list(prompts), every, new_tokens
+    self._sampling, self._seed = sampling or Sampling(temperature=0.8), seed
+    self._generator: Generator | None = None
+
+  def due(self, step: int, *, last: bool) -> bool:
+    """After the last update, and at multiples of `every`."""
+    return last or (self._every > 0 and step % self._every == 0)
+
+  def __call__(self, run: Run, step: int, train_state: Mapping[str, Any]) -> None:
+    """Samples once per prompt, prints the texts and records them."""
+    vocabulary = run.loader.vocabulary()
+    if self._generator is None:
+      self._generator = Generator(run.structure, run.model, sampling=self._sampling,
+                                  eos_id=vocabulary.eos_id)
+    prompts = [[run.loader.bos_id, *vocabulary.encode(text)] for text in self._prompts]
+    rows = self._generator(step_lib.evaluation_params(train_state), prompts,
+                           new_tokens=self._new_tokens, seed=self._seed)
+    for text, row in zip(self._prompts, rows, strict=True):
+      said = vocabulary.decode(row)
+      run.write(step, {f'sample/{text[:32]}': said})
+      run.message(f'--- sample after update {step} ---\n{text}{said}\n---')
