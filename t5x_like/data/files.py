@@ -5,9 +5,9 @@ with what has been read; tables are mapped, under a limit of mapped bytes shared
 """
 
 import collections
-from collections.abc import Hashable, Sequence
 import os
 import threading
+from collections.abc import Hashable, Sequence
 
 import numpy as np
 from numpy.typing import DTypeLike
@@ -112,10 +112,6 @@ class FlatTokens:
       raise ValueError(f'token slices have step 1, got {stride}: slice first, then stride')
     return self.read(np.array([start]), lengths=np.array([max(stop - start, 0)]))
 
-  def __array__(self, dtype: DTypeLike = None, copy: bool | None = None) -> np.ndarray:
-    whole = self.read(np.array([0]), lengths=np.array([len(self)]))
-    return whole if dtype is None else whole.astype(dtype)
-
   def read(self, starts: np.ndarray, *, lengths: np.ndarray) -> np.ndarray:
     """Reads ranges of the flat array, one after the other.
 
@@ -130,7 +126,7 @@ class FlatTokens:
       ValueError: a shard is shorter than the manifest says.
     """
     out = np.empty(int(lengths.sum()), self.dtype)
-    buffer = memoryview(out).cast('B') if out.size else memoryview(b'')
+    buffer = out.view(np.uint8).data
     shards = np.searchsorted(self._starts, starts, side='right') - 1
     size = self.dtype.itemsize
     opened: dict[int, Descriptor] = {}

@@ -5,13 +5,13 @@ there and the store once its manifest.json is. A kill at any moment leaves nothi
 under a final name.
 """
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
 import contextlib
 import dataclasses
 import hashlib
 import json
 import os
 import tempfile
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, BinaryIO
 
 import numpy as np
@@ -303,9 +303,9 @@ def _write_tables(directory: str, shards: Sequence[ShardInfo], features: Mapping
       for column in [*_COLUMNS, 'hash']:
         out[f'documents.{column}.bin'].write(np.ascontiguousarray(table[column]).tobytes())
       for name in features:
-        offsets = ends[name] + np.cumsum(table[f'length.{name}'], dtype=np.uint64)
-        out[f'documents.offsets.{name}.bin'].write(offsets.astype(np.uint64).tobytes())
-        ends[name] = np.uint64(offsets[-1]) if len(offsets) else ends[name]
+        offsets = ends[name] + np.cumsum(table[f'length.{name}'], dtype=np.int64)
+        out[f'documents.offsets.{name}.bin'].write(offsets.astype('<u8').tobytes())
+        ends[name] = int(offsets[-1]) if len(offsets) else ends[name]
     for kind, known in strings.items():
       encoded = [n.encode() for n in known]
       file = stack.enter_context(atomic_file(os.path.join(directory, f'names.{kind}.bin')))

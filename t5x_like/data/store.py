@@ -8,12 +8,12 @@ Layout of `<store_dir>/<task>/<split>/`:
 No part of a store is loaded to open it, so opening costs the same for one document or a billion.
 """
 
-from collections.abc import Mapping, Sequence
 import difflib
 import functools
 import hashlib
 import json
 import os
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -92,7 +92,7 @@ class Store:
 
   def __init__(self, path: str, *, files: files_lib.Files | None = None):
     self.path = path
-    self._files = files_lib.Files() if files is None else files
+    self.files = files_lib.Files() if files is None else files
     self.manifest = _read_manifest(path)
     self.fingerprint: str = self.manifest['fingerprint']
     self.num_documents: int = self.manifest['documents']
@@ -137,7 +137,7 @@ class Store:
   @property
   def hashes(self) -> np.ndarray:
     """Hash of each document, uint8 [num_documents, 16]."""
-    return self._files.table(self._path('documents.hash.bin'), dtype=np.uint8, width=16)
+    return self.files.table(self._path('documents.hash.bin'), dtype=np.uint8, width=16)
 
   def document_tokens(self, index: int, feature: str = 'targets') -> np.ndarray:
     """Returns the tokens of one document, uint16 or uint32 [its length]."""
@@ -186,7 +186,7 @@ class Store:
     shards = self.manifest['shards']
     return {
       name: files_lib.FlatTokens(
-        self._files, dtype=feature['dtype'],
+        self.files, dtype=feature['dtype'],
         paths=[self._path(shards_lib.shard_file(s['index'], name)) for s in shards],
         counts=[s['tokens'][name] for s in shards])
       for name, feature in self.manifest['features'].items()}
@@ -195,7 +195,7 @@ class Store:
     return os.path.join(self.path, name)
 
   def _table(self, name: str, dtype: type) -> np.ndarray:
-    return self._files.table(self._path(name), dtype=dtype)
+    return self.files.table(self._path(name), dtype=dtype)
 
   def _string(self, table: str, index: int) -> str:
     offsets = self._table(f'names.{table}.offsets.bin', np.uint64)

@@ -1,0 +1,124 @@
+"""Every document once, in order, for evaluation: finite, and exact about the text it covers."""
+
+from collections.abc import Sequence
+
+import numpy as np
+
+from t5x_like.data import objectives, order, vocabularies
+from t5x_like.data import sources as sources_lib
+from t5x_like.data import store as store_lib
+
+
+class EvalLoader:
+  """Batches that cover documents of the sources once, in order, concatenated into rows.
+
+  Tokens with loss weight are those of whole documents, so that `bytes` is exactly their text: bits
+  per byte is the summed loss over these batches / (ln 2 * bytes). For stores with inputs, whose
+  tokens carry no loss, `bytes` still counts the whole text.
+
+  Args:
+    sources: names, or one name, or a mapping whose rates are not used.
+    store_dir: folder with the stores, `<store_dir>/<source>/<split>`.
+    batch_size: rows per batch over all processes.
+    length: tokens per row.
+    split: of every source.
+    max_batches: at most this many batches, shared among the sources by their size; each source then
+      ends at its last document that fits whole.
+
+  Raises:
+    ValueError: an argument or a store is not usable, or no document fits into max_batches.
+  """
+
+  def __init__(self, *, sources: sources_lib.Sources, store_dir: str, batch_size: int, length: int,
+               split: str = 'validation', max_batches: int | None = None):
+    sources_lib.check_positive(batch_size=batch_size, length=length)
+    if max_batches is not None:
+      sources_lib.check_positive(max_batches=max_batches)
+    self.batch_size, self.length = batch_size, length
+    self._sources = list(sources_lib.open_all(
+      sources_lib.names_of(sources), store_dir=store_dir, split=split, length=length,
+      packing='concat').values())
+    rows = self._share(None if max_batches is None else max_batches * batch_size)
+    self._documents = [self._whole_documents(s, r)
+                       for s, r in zip(self._sources, rows, strict=True)]
+    if not any(self._documents):
+      raise ValueError(f'max_batches={max_batches} of {batch_size} rows of {length} tokens cover '
+                       f'no whole document of {", ".join(s.name for s in self._sources)}: raise '
+                       f'it')
+    self._ends = [int(s.stream.starts(np.array([d]))[0])
+                  for s, d in zip(self._sources, self._documents, strict=True)]
+    self._bounds = np.cumsum([0, *(-(-end // length) for end in self._ends)])
+    self.tokens = sum(self._ends)
+    self.documents = sum(self._documents)
+    self.bytes = sum(int(s.store.byte_lengths[:d].sum())
+                     for s, d in zip(self._sources, self._documents, strict=True))
+
+  def __len__(self) -> int:
+    return -(-int(self._bounds[-1]) // self.batch_size)
+
+  def batch(self, step: int, rows: Sequence[int] | np.ndarray | None = None
+            ) -> dict[str, np.ndarray]:
+    """Returns one batch, features as `Loader.batch`; rows beyond the end have no weight.
+
+    Args:
+      step: in [0, len(self)).
+      rows: which rows of the global batch to return, in this order; None for all.
+    """
+    if not 0 <= step < len(self):
+      raise ValueError(f'batch {step} does not exist: there are {len(self)}')
+    chosen = np.arange(self.batch_size) if rows is None else np.asarray(rows, np.int64)
+    g = step * self.batch_size + chosen
+    parts = []
+    for i, source in enumerate(self._sources):
+      here = np.flatnonzero((g >= self._bounds[i]) & (g < self._bounds[i + 1]))
+      if len(here):
+        spans = source.objective.spans(g[here] - self._bounds[i])
+        parts.append((source.stream, here, self._upto(spans, self._documents[i])))
+    if not parts:
+      parts = [(self._sources[0].stream, g[:0],
+                self._upto(self._sources[0].objective.spans(np.array([0])), 0))]
+    first = self._sources[0].store
+    return objectives.assemble(parts, rows=len(g), length=self.length, bos_id=first.bos_id,
+                               pad_id=first.pad_id, attention='document')
+
+  @property
+  def spec(self) -> dict[str, tuple[tuple[int, int], np.dtype]]:
+    """Shape and dtype of each feature of the global batch."""
+    return objectives.spec(self.batch_size, length=self.length)
+
+  @property
+  def vocab_size(self) -> int:
+    """Number of tokens of the vocabulary."""
+    return max(s.store.vocab_size for s in self._sources)
+
+  @property
+  def fingerprint(self) -> str:
+    """Hash of everything that decides what the batches hold."""
+    return store_lib.combined_fingerprint([
+      {s.name: s.store.fingerprint for s in self._sources}, self._documents, self.batch_size,
+      self.length])
+
+  def vocabulary(self) -> vocabularies.Vocabulary:
+    """Returns the vocabulary of the stores: encode, decode, vocab_size, special ids."""
+    return sources_lib.vocabulary_of(self._sources[0])
+
+  def _share(self, limit: int | None) -> list[int]:
+    rows = {s.name: s.objective.rows for s in self._sources}
+    if limit is None or sum(rows.values()) <= limit:
+      return list(rows.values())
+    if limit < len(rows):
+      raise ValueError(f'max_batches leaves {limit} rows for {len(rows)} sources: raise it')
+    spare = {n: r - 1 for n, r in rows.items()}
+    shared = order.apportion(spare, total=limit - len(rows))
+    return [1 + shared[n] for n in rows]
+
+  def _whole_documents(self, source: sources_lib.Source, rows: int) -> int:
+    limit = rows * self.length
+    if limit >= source.stream.tokens:
+      return source.stream.documents
+    return int(source.stream.find(np.array([limit]))[0])
+
+  def _upto(self, spans: objectives.Spans, documents: int) -> objectives.Spans:
+    keep = spans.document < documents
+    return objectives.Spans(*(getattr(spans, name)[keep] for name in (
+      'row', 'column', 'segment', 'document', 'start', 'length')))

@@ -1,0 +1,123 @@
+"""Opening the stores of a mixture together: one cache of files, one vocabulary."""
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from t5x_like.data import files as files_lib
+from t5x_like.data import objectives, vocabularies
+from t5x_like.data import store as store_lib
+from t5x_like.data.streams import Stream
+
+Sources = Mapping[str, float] | Sequence[str] | str
+
+
+@dataclasses.dataclass(frozen=True)
+class Source:
+  """One open source of a mixture.
+
+  Attributes:
+    name: of the task.
+    store: its token store.
+    stream: its documents as a decoder reads them.
+    objective: how they become rows.
+  """
+
+  name: str
+  store: store_lib.Store
+  stream: Stream
+  objective: objectives.Objective
+
+
+def names_of(sources: Sources) -> list[str]:
+  """Returns the names of sources, sorted.
+
+  Raises:
+    ValueError: there is none, or one is given twice.
+  """
+  names = sorted([sources] if isinstance(sources, str) else sources)
+  if not names or len(set(names)) < len(names):
+    raise ValueError(f'sources must name at least one source, each once; got {sources!r}')
+  return names
+
+
+def open_all(names: Sequence[str], *, store_dir: str, split: str, length: int,
+             packing: objectives.Packing) -> dict[str, Source]:
+  """Opens the stores of sources with one bounded cache of files.
+
+  Args:
+    names: of the sources.
+    store_dir: folder that holds the stores.
+    split: of every source.
+    length: tokens per row, > 0.
+    packing: how documents become rows.
+
+  Raises:
+    ValueError: a store is missing, unfinished or damaged, or vocabularies differ.
+  """
+  files = files_lib.Files()
+  opened = {}
+  for name in names:
+    path = store_lib.store_path(store_dir, source=name, split=split)
+    store = store_lib.Store(path, files=files)
+    stream = Stream(store)
+    opened[name] = Source(name=name, store=store, stream=stream,
+                          objective=objectives.make(stream, packing=packing, length=length))
+  first = opened[names[0]]
+  for source in opened.values():
+    ours, theirs = (s.store.manifest['vocabulary'] for s in (first, source))
+    if ours['fingerprint'] != theirs['fingerprint']:
+      raise ValueError(
+        f'sources {first.name!r} and {source.name!r} were prepared with different vocabularies '
+        f'({ours["kind"]} {ours["fingerprint"][:12]} and {theirs["kind"]} '
+        f'{theirs["fingerprint"][:12]}): prepare both with the same one')
+  return opened
+
+
+def check_positive(**values: Any) -> None:
+  """Raises ValueError if one of the named values is not a whole number above 0."""
+  for name, value in values.items():
+    if isinstance(value, bool) or not isinstance(value, int | np.integer) or value <= 0:
+      raise ValueError(f'{name} must be a whole number above 0, got {value!r}')
+
+
+def check_choice(value: str, *, name: str, allowed: Sequence[str]) -> None:
+  """Raises ValueError if a value is not one of those allowed."""
+  if value not in allowed:
+    raise ValueError(f'unknown {name} {value!r}; allowed: {", ".join(allowed)}')
+
+
+def vocabulary_of(source: Source) -> vocabularies.Vocabulary:
+  """Returns the vocabulary a source was prepared with: encode, decode, vocab_size, special ids."""
+  return vocabularies.from_manifest(source.store.manifest['vocabulary'],
+                                    directory=source.store.path)
+
+
+def locate_document(sources: Mapping[str, Source], text: str) -> list[tuple[str, int]]:
+  """Returns the documents a text refers to.
+
+  Args:
+    sources: open sources by name.
+    text: 'source:index', a content hash (32 hex digits), or a source file's name.
+
+  Returns:
+    (source, document) pairs.
+
+  Raises:
+    ValueError: nothing is called that.
+  """
+  name, _, number = text.rpartition(':')
+  if name in sources and number.isdecimal():
+    count = sources[name].store.num_documents
+    if int(number) >= count:
+      raise ValueError(f'document {text!r} does not exist: {name!r} holds documents 0 to '
+                       f'{count - 1}')
+    return [(name, int(number))]
+  found = [(s.name, int(i)) for s in sources.values() for i in s.store.find(text)]
+  if not found:
+    raise ValueError(f'no document {text!r}: give SOURCE:NUMBER with one of the sources '
+                     f'{", ".join(sources)}, a content hash of 32 hex digits, or the name of a '
+                     f'source file as inspect prints it')
+  return found
