@@ -48,7 +48,7 @@ class Checkpointer:
     if '://' not in str(directory):
       self.directory = self.directory.expanduser().resolve()
     self.last_error: Exception | None = None
-    self._every, self._keep, self._keep_every, self._mode = every, keep, keep_every, mode
+    self.every, self._keep, self._keep_every, self._mode = every, keep, keep_every, mode
     self._writer = ocp.AsyncCheckpointer(ocp.CompositeCheckpointHandler())
     self._follower: threading.Thread | None = None
     self._set_aside: dict[int, str] = {}
@@ -73,7 +73,7 @@ class Checkpointer:
       ValueError: a leaf is no array, or `extra` is not JSON.
     """
     step = int(step)
-    if not force and step % self._every:
+    if not force and step % self.every:
       return False
     self.wait()
     if step not in self._set_aside and _committed(self.directory / str(step)):
@@ -91,7 +91,7 @@ class Checkpointer:
       self._clean()
       self._writer.save(self.directory / str(step), args=ocp.args.Composite(
           state=ocp.args.PyTreeSave(integrity.nest(named)), manifest=ocp.args.JsonSave(manifest)))
-    except Exception as error:  # noqa: BLE001  Whatever the file system does, the run goes on.
+    except Exception as error:  # Whatever the file system does, the run goes on.
       self._failed(step, error)
       return False
     self._follower = threading.Thread(target=self._finish, args=(step,), name='checkpoint')
@@ -154,7 +154,7 @@ class Checkpointer:
       self._writer.wait_until_finished()
       self.last_error = None
       self._prune()
-    except Exception as error:  # noqa: BLE001  In a thread an exception would go unseen.
+    except Exception as error:  # In a thread an exception would go unseen.
       self._failed(step, error)
 
   def _failed(self, step: int, error: Exception) -> None:

@@ -4,7 +4,8 @@ import os
 
 if 'xla_force_host_platform_device_count' not in os.environ.get('XLA_FLAGS', ''):
   os.environ['XLA_FLAGS'] = (
-      os.environ.get('XLA_FLAGS', '') + ' --xla_force_host_platform_device_count=8').strip()
+    os.environ.get('XLA_FLAGS', '') + ' --xla_force_host_platform_device_count=8'
+  ).strip()
 
 import json
 import pathlib
@@ -28,30 +29,41 @@ from t5x_like import checkpoints, integrity
 
 # Orbax closes its event loop while other reads of a damaged checkpoint are still failing.
 pytestmark = pytest.mark.filterwarnings(
-    'ignore:Exception ignored in:pytest.PytestUnraisableExceptionWarning')
+  'ignore:Exception ignored in:pytest.PytestUnraisableExceptionWarning'
+)
 
 
 def make_mesh(*shape, kind=AxisType.Auto):
   count = int(np.prod(shape))
-  return jax.make_mesh(shape, ('data', 'fsdp', 'tensor'), axis_types=(kind,) * 3,
-                       devices=jax.devices()[:count])
+  return jax.make_mesh(
+    shape, ('data', 'fsdp', 'tensor'), axis_types=(kind,) * 3, devices=jax.devices()[:count]
+  )
 
 
 def make_state(seed=0):
   keys = jax.random.split(jax.random.key(seed), 2)
-  params = {'embed': {'table': jax.random.normal(keys[0], (8, 6))},
-            'layers': {'mlp': {'up': jax.random.normal(keys[1], (4, 6)).astype(jnp.bfloat16)}},
-            'norm': {'scale': jnp.ones((5,))}}
+  params = {
+    'embed': {'table': jax.random.normal(keys[0], (8, 6))},
+    'layers': {'mlp': {'up': jax.random.normal(keys[1], (4, 6)).astype(jnp.bfloat16)}},
+    'norm': {'scale': jnp.ones((5,))},
+  }
   tx = optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(1e-3))
-  return {'params': params, 'opt_state': tx.init(params), 'step': jnp.int32(seed),
-          'dropout': jax.random.key(seed), 'raw_key': jnp.array([seed, 7], jnp.uint32),
-          'flag': jnp.array([True, False]), 'ema': None}
+  return {
+    'params': params,
+    'opt_state': tx.init(params),
+    'step': jnp.int32(seed),
+    'dropout': jax.random.key(seed),
+    'raw_key': jnp.array([seed, 7], jnp.uint32),
+    'flag': jnp.array([True, False]),
+    'ema': None,
+  }
 
 
 def place(state, mesh):
   def put(x):
     spec = P('fsdp', 'tensor') if x.ndim == 2 else P()
     return jax.device_put(x, NamedSharding(mesh, spec))
+
   return jax.tree.map(put, state)
 
 
@@ -59,6 +71,7 @@ def abstract(state, mesh=None):
   def shape(x):
     sharding = mesh and NamedSharding(mesh, P('fsdp', 'tensor') if x.ndim == 2 else P())
     return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding)
+
   return jax.tree.map(shape, state)
 
 
@@ -72,6 +85,7 @@ def as_bytes(tree):
   def host(x):
     x = jax.random.key_data(x) if integrity.is_key(x) else x
     return str(x.dtype), x.shape, np.asarray(x).tobytes()
+
   return {name: host(x) for name, x in integrity.named_leaves(tree).items()}
 
 
@@ -116,8 +130,9 @@ def test_donating_right_after_save_does_not_change_what_is_saved(tmp_path):
 def test_save_returns_before_the_checkpoint_exists(tmp_path, monkeypatch):
   saver, gate = checkpoints.Checkpointer(tmp_path, every=1), threading.Event()
   finalize = saver._writer.handler.finalize
-  monkeypatch.setattr(saver._writer.handler, 'finalize',
-                      lambda directory: (gate.wait(30), finalize(directory)))
+  monkeypatch.setattr(
+    saver._writer.handler, 'finalize', lambda directory: (gate.wait(30), finalize(directory))
+  )
   assert saver.save(1, make_state(), extra={})
   assert saver.steps() == [], 'half a checkpoint must not be listed'
   gate.set()
@@ -172,7 +187,8 @@ def empty_manifest(directory):
 
 
 @pytest.mark.parametrize(
-    'harm', [flip_data, truncate_data, delete_data, edit_manifest, empty_manifest])
+  'harm', [flip_data, truncate_data, delete_data, edit_manifest, empty_manifest]
+)
 def test_damage_is_named_and_the_newest_good_one_used(tmp_path, capsys, harm):
   save_steps(tmp_path, (1, 2, 3))
   harm(tmp_path / '3')
@@ -210,8 +226,10 @@ def test_silent_change_of_one_tensor_is_named(tmp_path, capsys):
     assert 'tensors differ from what was saved: params/embed/table (checksum' in told
     assert 'norm' not in told
   shutil.rmtree(tmp_path / '1/state/d')
-  with (checkpoints.Checkpointer(tmp_path, every=1) as saver,
-        pytest.raises(ValueError, match='no usable checkpoint') as caught):
+  with (
+    checkpoints.Checkpointer(tmp_path, every=1) as saver,
+    pytest.raises(ValueError, match='no usable checkpoint') as caught,
+  ):
     restore(saver, abstract(changed))
   assert str(tmp_path / '1') in str(caught.value) and str(tmp_path / '2') in str(caught.value)
 
@@ -237,8 +255,9 @@ def test_wrong_checkpoint_lists_every_difference_before_loading(tmp_path):
     restore(saver, wanted)
   text = str(caught.value)
   assert f'checkpoint {tmp_path / "1"} does not fit this model, 4 differences' in text
-  assert ('missing in the checkpoint: params/embed/tables float32[8, 6] '
-          '(nearest: params/embed/table)') in text
+  assert (
+    'missing in the checkpoint: params/embed/tables float32[8, 6] (nearest: params/embed/table)'
+  ) in text
   assert 'only in the checkpoint: params/embed/table' in text
   assert 'params/norm/scale is float32[5] in the checkpoint, float32[7] in the model' in text
   assert 'raw_key is uint32[2] in the checkpoint, int32[2] in the model' in text
@@ -255,7 +274,8 @@ def test_load_params_reads_only_weights_and_casts(tmp_path):
   table = checkpoints.load_params(str(tmp_path), half)['embed']['table']
   assert table.dtype == jnp.bfloat16
   np.testing.assert_array_equal(
-      np.asarray(table), np.asarray(state['params']['embed']['table'].astype(jnp.bfloat16)))
+    np.asarray(table), np.asarray(state['params']['embed']['table'].astype(jnp.bfloat16))
+  )
   with pytest.raises(ValueError, match=r'missing in the checkpoint: params/embed/head'):
     checkpoints.load_params(tmp_path, {'embed': {'head': jax.ShapeDtypeStruct((2,), jnp.int32)}})
   with pytest.raises(ValueError, match='no complete checkpoint in'):
@@ -318,8 +338,12 @@ while True:
 def test_killed_during_a_save_leaves_a_good_checkpoint(tmp_path):
   last, cut, line, tree = 0, 0, '', None
   for seed in range(3):
-    child = subprocess.Popen([sys.executable, '-c', CHILD, str(tmp_path)], stdout=subprocess.PIPE,
-                             text=True, cwd=pathlib.Path(__file__).parent.parent)
+    child = subprocess.Popen(
+      [sys.executable, '-c', CHILD, str(tmp_path)],
+      stdout=subprocess.PIPE,
+      text=True,
+      cwd=pathlib.Path(__file__).parent.parent,
+    )
     assert child.stdout is not None
     for _ in range(4):
       line = child.stdout.readline()
@@ -328,8 +352,10 @@ def test_killed_during_a_save_leaves_a_good_checkpoint(tmp_path):
     child.wait()
     cut += any(not p.name.isdigit() for p in tmp_path.iterdir())
     with checkpoints.Checkpointer(tmp_path, every=1) as reader:
-      like = {'w': jax.ShapeDtypeStruct((600, 1000), jnp.float32),
-              'n': jax.ShapeDtypeStruct((), jnp.int32)}
+      like = {
+        'w': jax.ShapeDtypeStruct((600, 1000), jnp.float32),
+        'n': jax.ShapeDtypeStruct((), jnp.int32),
+      }
       step, tree, extra = restore(reader, like)
     assert step >= int(line) - 1 > last and extra == {'step': step}
     assert int(tree['n']) == step
@@ -349,8 +375,13 @@ def test_checksum_does_not_depend_on_sharding_and_sees_every_change(dtype):
     for spec in (P('fsdp', None, 'tensor'), P(('data', 'fsdp'), 'tensor'), P(None, 'data')):
       placed = jax.device_put(x, NamedSharding(make_mesh(2, 2, 2, kind=kind), spec))
       assert integrity.checksums({'x': placed}) == whole
-  changes = [x[::-1], x.swapaxes(0, 0).at[0, 0, 0].add(1), x.at[7, 3, 5].set(x[7, 3, 5] + 1),
-             x.at[0, 0].set(x[0, 1]).at[0, 1].set(x[0, 0]), jnp.zeros_like(x)]
+  changes = [
+    x[::-1],
+    x.swapaxes(0, 0).at[0, 0, 0].add(1),
+    x.at[7, 3, 5].set(x[7, 3, 5] + 1),
+    x.at[0, 0].set(x[0, 1]).at[0, 1].set(x[0, 0]),
+    jnp.zeros_like(x),
+  ]
   sums = {integrity.checksums({'x': y})['x'] for y in changes}
   assert len(sums) == len(changes) and whole['x'] not in sums
 
@@ -363,10 +394,14 @@ def test_checksum_sees_bits_and_not_values():
   assert a != b
 
 
-@pytest.mark.parametrize('kwargs, text', [
+@pytest.mark.parametrize(
+  'kwargs, text',
+  [
     ({'every': 0}, 'every=0: allowed are integers from 1'),
     ({'every': 1, 'keep': 0}, 'keep=0: allowed are integers from 1'),
-    ({'every': 1, 'mode': 'lazy'}, "mode='lazy': allowed are 'async' and 'sync'")])
+    ({'every': 1, 'mode': 'lazy'}, "mode='lazy': allowed are 'async' and 'sync'"),
+  ],
+)
 def test_refuses_wrong_settings(tmp_path, kwargs, text):
   with pytest.raises(ValueError, match=text):
     checkpoints.Checkpointer(tmp_path, **kwargs)
