@@ -1,0 +1,344 @@
+"""Folders and files of text as documents, without TensorFlow.
+
+A document is a whole text file, a line of a .jsonl file or a row of a .parquet file. Files come in
+the order of their names below the folder, so moving the folder changes nothing.
+"""
+
+import contextlib
+import dataclasses
+import difflib
+import fnmatch
+import glob
+import gzip
+import hashlib
+import io
+import json
+import os
+import zlib
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, BinaryIO, Literal, NamedTuple, cast
+
+import pyarrow
+import pyarrow.parquet
+import zstandard
+
+EXTENSIONS = ('.txt', '.md', '.rst', '.py', '.jsonl', '.parquet')
+_PACKED = ('.gz', '.zst')
+_KINDS = {'.jsonl': 'jsonl', '.ndjson': 'jsonl', '.parquet': 'parquet', '.pq': 'parquet'}
+
+
+class File(NamedTuple):
+  """One input file: where it is, its name in lineage, and its size in bytes."""
+
+  path: str
+  name: str
+  bytes: int
+
+
+class Document(NamedTuple):
+  """One document: text per feature, its place in its file, its content hash."""
+
+  texts: dict[str, str]
+  position: int
+  hash: bytes
+
+  @property
+  def bytes(self) -> int:
+    """Bytes of all its text in UTF-8."""
+    return sum(len(t.encode()) for t in self.texts.values())
+
+
+class Skipped(NamedTuple):
+  """What was left out of a file, and why."""
+
+  name: str
+  reason: str
+
+
+@dataclasses.dataclass(frozen=True)
+class Text:
+  """Where text is and how to read it.
+
+  Attributes:
+    paths: folders (read recursively), files or globs; one, or several.
+    extensions: of the files to take from folders, each also with .gz or .zst after it.
+    exclude: patterns (fnmatch, on the name below the folder) of files to leave out.
+    keys: for .jsonl and .parquet, the key with the text of each feature; a text file is the whole
+      of the only feature.
+    separator: what stands between the documents of one text file, such as '<|endoftext|>'; default
+      a text file is one document. It is no part of either, and is not stored.
+    errors: what to do with a file that is not UTF-8: 'refuse' stops and names file and byte,
+      'skip' leaves it out and says so.
+  """
+
+  paths: str | Sequence[str]
+  extensions: Sequence[str] = EXTENSIONS
+  exclude: Sequence[str] = ()
+  keys: Mapping[str, str] = dataclasses.field(default_factory=lambda: {'targets': 'text'})
+  separator: str | None = None
+  errors: Literal['refuse', 'skip'] = 'refuse'
+
+  def __post_init__(self):
+    if self.errors not in ('refuse', 'skip'):
+      raise ValueError(f"errors={self.errors!r} is unknown; allowed: 'refuse', 'skip'")
+    if isinstance(self.extensions, str) or isinstance(self.exclude, str):
+      raise ValueError("extensions and exclude are tuples, such as ('.txt', '.md')")
+    for extension in self.extensions:
+      if not extension.startswith('.'):
+        raise ValueError(f"extension {extension!r} must begin with a dot: '.{extension}'")
+    if self.separator == '':
+      raise ValueError("separator='' separates nothing; give some text, or None")
+    if not self.keys:
+      raise ValueError("keys must name at least one feature, such as {'targets': 'text'}")
+
+  def definition(self) -> dict[str, Any]:
+    """Returns what decides the documents, apart from the files themselves."""
+    return {'extensions': sorted(self.extensions), 'exclude': sorted(self.exclude),
+            'keys': dict(self.keys), 'separator': self.separator, 'errors': self.errors}
+
+  def files(self) -> list[File]:
+    """Returns the input files in canonical order.
+
+    Raises:
+      ValueError: a path that does not exist, or no file with these extensions.
+    """
+    found: dict[str, File] = {}
+    paths = [self.paths] if isinstance(self.paths, str) else self.paths
+    for given in paths:
+      root, listed = self._listed(given)
+      for file in listed:
+        name = os.path.relpath(file, root).replace(os.sep, '/')
+        if any(fnmatch.fnmatch(name, pattern) for pattern in self.exclude):
+          continue
+        if len(paths) > 1:
+          name = f'{os.path.basename(os.path.abspath(root))}/{name}'
+        if name in found and os.path.realpath(found[name].path) != os.path.realpath(file):
+          raise ValueError(f'{found[name].path} and {file} would both be called {name}; give '
+                           f'their common folder as one path')
+        found[name] = File(file, name, os.path.getsize(file))
+    if not found:
+      raise ValueError(f'every file of {self.paths} is excluded by {list(self.exclude)}')
+    return [found[name] for name in sorted(found)]
+
+  def _listed(self, given: str) -> tuple[str, list[str]]:
+    path = os.path.expanduser(given)
+    if os.path.isfile(path):
+      return os.path.dirname(path) or '.', [path]
+    if os.path.isdir(path):
+      listed = [p for p in _walk(path) if self._wanted(p)]
+      if not listed:
+        raise ValueError(f'no file in {given} ends in {", ".join(self.extensions)}: '
+                         f'{_endings(path)}; set extensions')
+      return path, listed
+    listed = [p for p in glob.glob(path, recursive=True) if os.path.isfile(p)]
+    if not listed:
+      raise ValueError(_missing(given, path))
+    return _fixed_part(path), listed
+
+  def read(self, file: File, *, skipped: list[Skipped]) -> Iterator[Document]:
+    """Yields the documents of one file.
+
+    Args:
+      file: one of `files()`.
+      skipped: what is left out is appended here: empty files and, if errors is 'skip', others.
+
+    Raises:
+      ValueError: not UTF-8, malformed, truncated, or without the key; names file and line.
+    """
+    kind = kind_of(file.path)
+    if kind != 'text':
+      rows = _jsonl(file, self.errors, skipped) if kind == 'jsonl' else _parquet(file, self.keys)
+      for position, record in rows:
+        where = f'{file.path}:{position + 1}' if kind == 'jsonl' else f'{file.path}, row {position}'
+        yield document({f: _text(record, key, where) for f, key in self.keys.items()}, position)
+      return
+    if len(self.keys) > 1:
+      raise ValueError(f'{file.path} is one text, but the features {sorted(self.keys)} are wanted; '
+                       f'give them as keys of .jsonl or .parquet files')
+    with _open(file.path) as stream:
+      data = stream.read()
+    text = _decoded(data, file, where=f'{file.path}: byte ', errors=self.errors, skipped=skipped)
+    if text is None:
+      return
+    if not text:
+      skipped.append(Skipped(file.name, 'empty'))
+    parts = text.split(self.separator) if self.separator else [text]
+    for position, part in enumerate(parts):
+      if part:
+        yield document({next(iter(self.keys)): part}, position)
+
+  def _wanted(self, path: str) -> bool:
+    return _unpacked(path).endswith(tuple(e.lower() for e in self.extensions))
+
+
+def document(texts: dict[str, str], position: int) -> Document:
+  """Returns a document with the hash of its content, which does not depend on its place."""
+  digest = hashlib.blake2b(digest_size=16)
+  for name in sorted(texts):
+    digest.update(json.dumps(name).encode() + texts[name].encode() + b'\0')
+  return Document(texts, position, digest.digest())
+
+
+def split_of(digest: bytes, validation_fraction: float) -> str:
+  """Returns the split of a document: a function of its content, so copies never part.
+
+  Args:
+    digest: its 16-byte content hash.
+    validation_fraction: expected share of documents held out, in [0, 1).
+  """
+  held_out = int.from_bytes(digest[:8], 'big') < validation_fraction * 2.0**64
+  return 'validation' if held_out else 'train'
+
+
+def kind_of(path: str) -> Literal['text', 'jsonl', 'parquet']:
+  """Returns how a file is read, by its extension; unknown ones are text."""
+  return cast(Any, _KINDS.get(os.path.splitext(_unpacked(path))[1], 'text'))
+
+
+def _unpacked(path: str) -> str:
+  name = os.path.basename(path).lower()
+  for packed in _PACKED:
+    name = name.removesuffix(packed)
+  return name
+
+
+def _walk(folder: str) -> Iterator[str]:
+  for root, folders, names in os.walk(folder):
+    folders[:] = [f for f in folders if not f.startswith('.') and f != '__pycache__']
+    yield from (os.path.join(root, n) for n in names
+                if not n.startswith('.') and os.path.isfile(os.path.join(root, n)))
+
+
+def _fixed_part(pattern: str) -> str:
+  parts = pattern.split(os.sep)
+  magic = next(i for i, p in enumerate(parts) if glob.has_magic(p))
+  return os.sep.join(parts[:magic]) or (os.sep if pattern.startswith(os.sep) else '.')
+
+
+def _endings(folder: str) -> str:
+  endings: dict[str, int] = {}
+  for path in _walk(folder):
+    ending = os.path.splitext(path)[1]
+    endings[ending] = endings.get(ending, 0) + 1
+  common = sorted(endings, key=lambda e: -endings[e])[:5]
+  return 'it has ' + (', '.join(f"{endings[e]} of '{e}'" for e in common) or 'no files at all')
+
+
+def _missing(given: str, path: str) -> str:
+  if glob.has_magic(path):
+    return f'no file matches {given}'
+  folder, name = os.path.split(os.path.abspath(path))
+  names = os.listdir(folder) if os.path.isdir(folder) else []
+  close = difflib.get_close_matches(name, names, n=1)
+  hint = f'; did you mean {os.path.join(folder, close[0])}?' if close else ''
+  return f'there is no file or folder {given}{hint}'
+
+
+@contextlib.contextmanager
+def _open(path: str) -> Iterator[BinaryIO]:
+  try:
+    with open(path, 'rb') as raw:
+      if path.lower().endswith('.gz'):
+        yield cast(BinaryIO, gzip.GzipFile(fileobj=raw))
+      elif path.lower().endswith('.zst'):
+        yield io.BufferedReader(_Zstandard(raw), 1 << 20)
+      else:
+        yield raw
+  except gzip.BadGzipFile as error:
+    raise ValueError(f'{path} is not a gzip file: {error}') from None
+  except OSError as error:
+    raise ValueError(f'cannot read {path}: {error.strerror}') from None
+  except EOFError:
+    raise ValueError(f'{path} is truncated: its gzip data ends too early') from None
+  except (zlib.error, zstandard.ZstdError) as error:
+    raise ValueError(f'{path} is damaged: {error}') from None
+
+
+class _Zstandard(io.RawIOBase):
+  """Frames one after the other, ending in an error rather than quietly if the last is cut short."""
+
+  def __init__(self, raw: BinaryIO):
+    self._raw, self._pending = raw, b''
+    self._frame: Any = None  # The frame being read.
+
+  def readable(self) -> bool:
+    return True
+
+  def readinto(self, buffer: Any) -> int:
+    while not self._pending:
+      ended = self._frame is None or self._frame.eof
+      data = (self._frame.unused_data if self._frame and ended else b'') or self._raw.read(1 << 18)
+      if not data:
+        if not ended:
+          raise zstandard.ZstdError('its zstandard data ends too early')
+        return 0
+      frame: Any = zstandard.ZstdDecompressor().decompressobj() if ended else self._frame
+      self._frame, self._pending = frame, frame.decompress(data)
+    count = min(len(buffer), len(self._pending))
+    buffer[:count], self._pending = self._pending[:count], self._pending[count:]
+    return count
+
+
+def _decoded(data: bytes, file: File, *, where: str, errors: str, skipped: list[Skipped],
+             offset: int = 0) -> str | None:
+  try:
+    return data.decode()
+  except UnicodeDecodeError as error:
+    reason = f'{where}{offset + error.start} is not UTF-8 ({data[error.start]:#04x})'
+    if errors == 'skip':
+      skipped.append(Skipped(file.name, reason))
+      return None
+    raise ValueError(f"{reason}; convert the file, exclude it, or set errors='skip'") from None
+
+
+def _jsonl(file: File, errors: str, skipped: list[Skipped]) -> Iterator[tuple[int, Mapping]]:
+  offset, count = 0, 0
+  with _open(file.path) as stream:
+    for position, line in enumerate(stream):
+      start, offset = offset, offset + len(line)
+      text = _decoded(line, file, where=f'{file.path}:{position + 1}: byte ', errors=errors,
+                      skipped=skipped, offset=start)
+      if text is None or not text.strip():
+        continue
+      try:
+        record = json.loads(text)
+      except ValueError as error:
+        raise ValueError(f'{file.path}:{position + 1}: malformed JSON: {error}') from None
+      if not isinstance(record, dict):
+        raise ValueError(f'{file.path}:{position + 1}: a JSON object is needed, such as '
+                         f'{{"text": "..."}}; got {type(record).__name__}')
+      count += 1
+      yield position, record
+  if not count:
+    skipped.append(Skipped(file.name, 'empty'))
+
+
+def _parquet(file: File, keys: Mapping[str, str]) -> Iterator[tuple[int, Mapping]]:
+  try:
+    with pyarrow.parquet.ParquetFile(file.path) as table:
+      known = table.schema_arrow.names
+      for key in keys.values():
+        if key not in known:
+          raise ValueError(_no_key(key, known, file.path))
+      position = 0
+      for batch in table.iter_batches(batch_size=256, columns=sorted(set(keys.values()))):
+        for record in batch.to_pylist():
+          yield position, record
+          position += 1
+  except (pyarrow.ArrowException, OSError) as error:
+    raise ValueError(f'{file.path} is not a readable parquet file: {error}') from None
+
+
+def _text(record: Mapping[str, Any], key: str, where: str) -> str:
+  if key not in record:
+    raise ValueError(_no_key(key, record, where))
+  value = record[key]
+  if not isinstance(value, str):
+    raise ValueError(f'{where}: {key!r} must be text, got {type(value).__name__}: {value!r:.60}')
+  return value
+
+
+def _no_key(key: str, known: Any, where: str) -> str:
+  close = difflib.get_close_matches(key, list(known), n=1, cutoff=0.5)
+  hint = f'did you mean {close[0]!r}? ' if close else ''
+  return f'{where}: there is no key {key!r}; {hint}it has: {", ".join(map(str, known)) or "none"}'

@@ -1,0 +1,153 @@
+"""Turns tasks into token stores, as gin/data/text.gin says for a folder of text."""
+
+import importlib
+import os
+import sys
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+from t5x_like import config
+from t5x_like.data import pieces, progress, vocabularies
+from t5x_like.data import prepare as prepare_lib
+from t5x_like.data import store as store_lib
+from t5x_like.data.texttasks import Mixture, Preparable, TextTask
+
+# Named rather than imported: it loads TensorFlow, which folders of text do not need.
+_SEQIO_TASKS = 't5x_like.data.tasks'
+
+Task = Preparable | Mixture | str
+
+
+def prepare(*, task: Task | Sequence[Task], store_dir: str,
+            vocabulary: vocabularies.Vocabulary | pieces.Training | str | None = None,
+            splits: Sequence[str] = ('train', 'validation'), processes: int | None = None,
+            existing: prepare_lib.Existing = 'refuse') -> dict[str, store_lib.Store]:
+  """Writes the token stores of tasks and mixtures, or finds them already written.
+
+  Args:
+    task: text tasks, mixtures of them, or names of seqio Tasks and Mixtures whose module has been
+      imported; one or several.
+    store_dir: stores are `<store_dir>/<task>/<split>`.
+    vocabulary: for text tasks without one: 'bytes', the path of a .model or tokenizer.json, a
+      vocabulary, or a `Training`, which learns one from the train splits.
+    splits: those to write.
+    processes: that work at once; default one per core.
+    existing: 'refuse' or 'rebuild' a finished store made from something else.
+
+  Returns:
+    The stores by '<task>/<split>'.
+
+  Raises:
+    ValueError: bad input, named with file and line, or a store that exists and differs.
+  """
+  if processes is not None and processes < 1:
+    raise ValueError(f'processes={processes} must be at least 1')
+  processes = processes or len(os.sched_getaffinity(0))
+  if existing not in ('refuse', 'rebuild'):
+    raise ValueError(f"existing={existing!r} is unknown; allowed: 'refuse', 'rebuild'")
+  mixtures, tasks = _resolved(task)
+  os.makedirs(store_dir, exist_ok=True)
+  tasks = _with_vocabulary(tasks, vocabulary=vocabulary, store_dir=store_dir)
+  stores = {}
+  for one in tasks:
+    for split in splits:
+      built = prepare_lib.build(one, split=split, store_dir=store_dir, processes=processes,
+                                existing=existing)
+      stores[f'{one.name}/{split}'] = built.store
+      print('\n'.join(_summary(built)), file=sys.stderr)
+  for mixture in mixtures:
+    path = prepare_lib.write_mixture(mixture.name, rates=mixture.rate_table(), store_dir=store_dir)
+    print(f'prepare: mixture {mixture.name} of {len(mixture.tasks)} tasks: {path}', file=sys.stderr)
+  return stores
+
+
+def dry_run(*, task: Task | Sequence[Task], store_dir: str,
+            vocabulary: vocabularies.Vocabulary | pieces.Training | str | None = None,
+            splits: Sequence[str] = ('train', 'validation'), processes: int | None = None,
+            existing: prepare_lib.Existing = 'refuse') -> None:
+  """Prints what `prepare` would read and which stores exist, and writes nothing.
+
+  Args:
+    task: as for `prepare`.
+    store_dir: as for `prepare`.
+    vocabulary: as for `prepare`.
+    splits: as for `prepare`.
+    processes: as for `prepare`.
+    existing: as for `prepare`.
+  """
+  print(f'vocabulary: {vocabulary}; processes: {processes or "one per core"}; existing stores that '
+        f'differ: {existing}')
+  for one in _resolved(task)[1]:
+    files = one.files()
+    print(f'task {one.name}: {len(files)} files, {sum(f.bytes for f in files) / 1e6:,.1f} MB; '
+          f'splits: {", ".join(one.splits)}')
+    for split in splits:
+      path = os.path.join(store_dir, one.name, split)
+      there = os.path.exists(os.path.join(path, store_lib.MANIFEST))
+      print(f'  {path}: {"exists" if there else "to be written"}')
+
+
+def _resolved(task: Task | Sequence[Task]) -> tuple[list[Mixture], list[Preparable]]:
+  mixtures, tasks = [], {}
+  for one in _flat(task):
+    if isinstance(one, str):
+      one = importlib.import_module(_SEQIO_TASKS).registered(one)
+    if isinstance(one, Mixture):
+      mixtures.append(one)
+    for member in one.tasks if isinstance(one, Mixture) else [one]:
+      if tasks.setdefault(member.name, member) is not member and tasks[member.name] != member:
+        raise ValueError(f'two different tasks are called {member.name!r}')
+  if not tasks:
+    raise ValueError('there is no task to prepare')
+  return mixtures, list(tasks.values())
+
+
+def _flat(task: Any) -> Iterator[Any]:
+  if isinstance(task, list | tuple):
+    for one in task:
+      yield from _flat(one)
+  else:
+    yield task
+
+
+def _with_vocabulary(tasks: list[Preparable], *, store_dir: str,
+                     vocabulary: vocabularies.Vocabulary | pieces.Training | str | None
+                     ) -> list[Preparable]:
+  without = [t for t in tasks if isinstance(t, TextTask) and t.vocabulary is None]
+  if not without:
+    if vocabulary is not None:
+      raise ValueError(f'every task has its own vocabulary, so vocabulary={vocabulary} would have '
+                       f'no effect; leave it out')
+    return tasks
+  if vocabulary is None:
+    raise ValueError(f'task {without[0].name!r} has no vocabulary: set prepare.vocabulary to '
+                     f"'bytes', to the path of a .model or tokenizer.json, or to "
+                     f'@pieces.Training() to learn one')
+  if isinstance(vocabulary, str):
+    vocabulary = vocabularies.load(vocabulary)
+  if isinstance(vocabulary, pieces.Training):
+    vocabulary = prepare_lib.trained_vocabulary(vocabulary, tasks=without, store_dir=store_dir)
+    print(f'prepare: vocabulary of {vocabulary.vocab_size} pieces: {vocabulary.path}',
+          file=sys.stderr)
+  given: list[Preparable] = []
+  for task in tasks:
+    if isinstance(task, TextTask) and task.vocabulary is None:
+      task = task.with_vocabulary(vocabulary)
+    given.append(task)
+  return given
+
+
+def _summary(built: prepare_lib.Built) -> Iterator[str]:
+  store = built.store
+  tokens = sum(store.num_tokens(f) for f in store.features)
+  yield (f'prepare: {store.path} {built.how} in {progress.duration(built.seconds)}: '
+         f'{store.num_documents:,} documents, {store.text_bytes / 1e6:,.1f} MB, {tokens:,} tokens '
+         f'({store.text_bytes / max(tokens, 1):.2f} bytes each), {store.fingerprint[:12]}')
+  for name, reason in built.skipped[:5]:
+    yield f'  left out: {name}: {reason}'
+  if len(built.skipped) > 5:
+    yield f'  and {len(built.skipped) - 5} more left out; manifest.json lists them'
+
+
+if __name__ == '__main__':
+  sys.exit(config.run('t5x_like.prepare.prepare'))
