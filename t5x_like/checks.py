@@ -132,11 +132,15 @@ def _macros_referred_to(program: Program) -> set[str]:
 
 
 def _displaced(program: Program, reached: wiring.Walk) -> list[str]:
+  """Lists what the user's own files set for something that a later setting has replaced.
+
+  Files that come in by an include set defaults; replacing those is how files are combined.
+  """
   displaced = _reachable_before_overrides(program)
   return [
     f'{b.key} ({b.where})'
     for b in _unused(program, reached)
-    if b.where.origin == 'file' and b.key in displaced
+    if b.where.origin == 'file' and not b.where.within and b.key in displaced
   ]
 
 

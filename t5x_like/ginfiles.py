@@ -37,12 +37,18 @@ def find(name: str, *, search_paths: Sequence[str] = (), beside: str | None = No
     places.append(packaged() / stripped)
   for place in places:
     if place.is_file():
-      return place
+      return _short(place)
   folder = next((place for place in places if place.is_dir()), None)
   if folder:
     raise ValueError(f"'{name}' is a folder; a gin file is needed, such as {_some(folder)}")
   searched = ''.join(f'\n  {place.absolute()}' for place in dict.fromkeys(places))
   raise ValueError(f"there is no gin file '{name}'{_nearest(path, places)} Searched:{searched}")
+
+
+def _short(path: pathlib.Path) -> pathlib.Path:
+  """Returns a path relative to the current directory where it lies below it."""
+  here = pathlib.Path.cwd()
+  return path.relative_to(here) if path.is_relative_to(here) else path
 
 
 def _some(folder: pathlib.Path) -> str:

@@ -77,6 +77,13 @@ def test_later_files_and_bindings_win_and_includes_are_found_beside_the_file(own
   assert (own.last()['steps'], own.last()['name'], own.last()['model'].width) == (7, 'base', 9)
 
 
+def test_replacing_a_default_that_an_include_sets_is_silent(own, capsys):
+  own.write('mine.gin', "include 'run.gin'\nSTEPS = 5\n")
+  argv = ['--gin_file=mine.gin', f'--gin.{own}.train.optimizer=@{own}.lion()']
+  assert own.run(*argv, f'--gin.{own}.lion.learning_rate=@{own}.cosine()') == 0
+  assert capsys.readouterr().err == ''
+
+
 def test_flags_of_the_entry_arrive_as_arguments(own):
   assert own.run('--gin_file=run.gin', '--gin.STEPS=5', '--step', '3', flags={'step': int}) == 0
   assert own.last()['step'] == 3
