@@ -1,9 +1,11 @@
 """What a language model has to beat: a unigram model, gzip -9 and xz -9e, primed with the
 training text, in bits per byte of the same held-out documents.
 
-    python -m t5x_like.baselines --gin.baselines.STORE_DIR=... (see `baselines`)
+The report measures them. To have them ready by then, measure them while the model trains:
 
-computes them ahead, beside the store, while a model trains.
+    nice python -m t5x_like.baselines --gin_file=my_baselines.gin &
+
+where the gin file imports this module and binds the arguments of `baselines.baselines`.
 """
 
 import concurrent.futures
@@ -221,6 +223,9 @@ def baselines(*, store_dir: str, source: str, train_split: str = 'train',
       return json.load(file)
   except (OSError, ValueError):  # Not there yet, or torn by a kill: measure.
     pass
+  size = tables.bytes_text(min(train.text_bytes, train_limit))
+  print(f'measuring unigram, gzip and xz on {size} of training text (about a second per MiB)',
+        file=sys.stderr, flush=True)
   found = measure(train, heldout=heldout, train_limit=train_limit, heldout_limit=heldout_limit)
   temporary = f'{path}.{os.getpid()}.tmp'
   try:

@@ -7,6 +7,7 @@ from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 DType = Literal['bfloat16', 'float32']
 
@@ -80,8 +81,6 @@ def table_flops(device_kind: str, *, dtype: DType = 'bfloat16') -> tuple[float, 
 def peak_flops(device: Any = None, *, dtype: DType = 'bfloat16') -> Peak:
   """Finds the peak of a device: published where known, else measured once by a matrix product.
 
-  The simulated devices of one CPU share its cores, so each has its share of what was measured.
-
   Args:
     device: a `jax.Device`; default the first one of this process.
     dtype: of the matrix products.
@@ -99,26 +98,33 @@ def peak_flops(device: Any = None, *, dtype: DType = 'bfloat16') -> Peak:
   published = None if device.platform == 'cpu' else table_flops(device.device_kind, dtype=dtype)
   if published is not None:
     return Peak(published[0], device.device_kind, dtype, published[1])
-  measured, how = _measured_flops(device, dtype)
-  if device.platform == 'cpu':
-    devices = len(jax.local_devices(backend='cpu'))
-    if devices > 1:
-      measured, how = measured / devices, f'{how}, shared by {devices} simulated devices'
+  # The simulated devices of one CPU share its cores: only together do they reach what it can do.
+  devices = tuple(jax.local_devices(backend='cpu')) if device.platform == 'cpu' else (device,)
+  measured, how = _measured_flops(devices, dtype)
   return Peak(measured, device.device_kind, dtype, how)
 
 
 @functools.cache
-def _measured_flops(device: Any, dtype: str) -> tuple[float, str]:
-  dim = _MATMUL_DIMS.get(device.platform, _ACCELERATOR_MATMUL_DIM)
-  operand = jax.device_put(jnp.full((dim, dim), 0.5, dtype), device)
-  product = jax.jit(jnp.matmul)
-  product(operand, operand).block_until_ready()
+def _measured_flops(devices: tuple[Any, ...], dtype: str) -> tuple[float, str]:
+  dim = _MATMUL_DIMS.get(devices[0].platform, _ACCELERATOR_MATMUL_DIM)
+  mesh = jax.sharding.Mesh(np.array(devices), ('device',))
+  rows = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec('device'))
+  everywhere = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
   fastest = float('inf')
-  end = time.perf_counter() + _MEASURE_SECONDS
-  while (start := time.perf_counter()) < end:
-    product(operand, operand).block_until_ready()
-    fastest = min(fastest, time.perf_counter() - start)
-  return 2 * dim ** 3 / fastest, f'measured: best {dim} x {dim} matmul in {_MEASURE_SECONDS} s'
+  # The caller may have set a mesh of other devices, which would refuse work on these.
+  with jax.set_mesh(mesh):
+    left = jax.device_put(np.full((dim * len(devices), dim), 0.5, jnp.dtype(dtype)), rows)
+    right = jax.device_put(np.full((dim, dim), 0.5, jnp.dtype(dtype)), everywhere)
+    product = jax.jit(jnp.matmul)
+    product(left, right).block_until_ready()
+    end = time.perf_counter() + _MEASURE_SECONDS
+    while (start := time.perf_counter()) < end:
+      product(left, right).block_until_ready()
+      fastest = min(fastest, time.perf_counter() - start)
+  how = f'measured: best {dim} x {dim} matmul in {_MEASURE_SECONDS} s'
+  if len(devices) > 1:
+    how += f', on {len(devices)} simulated devices at once'
+  return 2 * dim ** 3 / fastest, how
 
 
 def mfu(tokens_per_s: float, *, flops_per_token: float, peak: Peak | float, devices: int) -> float:

@@ -176,7 +176,11 @@ class TensorBoard:
 
   def __init__(self, directory: str, *, step: int = 0):
     module = _optional('tensorboardX', extra='tensorboard', purpose='the TensorBoard writer')
-    self._writer = module.SummaryWriter(directory, purge_step=step + 1 if step else None)
+    self._summary = _optional('tensorboardX.proto.summary_pb2', extra='tensorboard',
+                              purpose='the TensorBoard writer').Summary
+    # A short queue, the default, makes the training loop wait for the disk.
+    self._writer = module.SummaryWriter(directory, purge_step=step + 1 if step else None,
+                                        max_queue=10_000, flush_secs=10)
 
   def write(self, step: int, values: Mapping[str, Value]) -> None:
     """Adds scalars and texts.
@@ -185,12 +189,15 @@ class TensorBoard:
       step: completed updates.
       values: scalars or texts by name.
     """
+    scalars = []
     for name, value in values.items():
       value = plain(value)
       if isinstance(value, str):
         self._writer.add_text(name, value, step)
       else:
-        self._writer.add_scalar(name, value, step)
+        scalars.append(self._summary.Value(tag=name, simple_value=value))
+    if scalars:  # One event for all of them costs a tenth of an event each.
+      self._writer.file_writer.add_summary(self._summary(value=scalars), step)
 
   def flush(self) -> None:
     """Writes the events to disk."""

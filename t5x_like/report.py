@@ -1,6 +1,8 @@
 """Reports on a finished run: loss curve, held-out bits per byte beside baselines, where time went.
 
-    python -m t5x_like.report --gin_file=gin/runs/report.gin --gin.MODEL_DIR='"/tmp/run"'
+    python -m t5x_like.report --gin_file=my_report.gin
+
+where the gin file imports this module and binds the arguments of `report.report`.
 """
 
 import json

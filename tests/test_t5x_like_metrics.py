@@ -217,6 +217,15 @@ def test_cpu_peak_is_measured_once_and_shared_by_simulated_devices():
   assert 'MFU = tokens/s x FLOPs/token / (devices x peak)' in text and 'measured' in text
 
 
+@pytest.mark.parametrize('kind', ['Auto', 'Explicit'])
+def test_peak_is_measured_under_any_mesh(kind):
+  axis_type = getattr(jax.sharding.AxisType, kind)
+  mesh = jax.make_mesh((len(jax.devices()),), ('data',), axis_types=(axis_type,))
+  hardware._measured_flops.cache_clear()
+  with jax.set_mesh(mesh):
+    assert hardware.peak_flops(dtype='bfloat16').flops > 1e8
+
+
 class Clock:
   def __init__(self):
     self.now = 0.0

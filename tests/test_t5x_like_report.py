@@ -6,6 +6,7 @@ import json
 import lzma
 import math
 import subprocess
+import sys
 import zlib
 from importlib import import_module
 
@@ -190,6 +191,30 @@ def test_a_run_becomes_a_report(stores, tmp_path, capsys):
   picture = image.imread(str(tmp_path / 'loss_curve.png'))
   assert picture.shape[1] > 1200 and picture[..., :3].std() > 0.01
   assert not list(tmp_path.glob('*.tmp'))
+
+
+GIN = """
+from __gin__ import dynamic_registration
+from t5x_like import report
+report.report.workdir = %MODEL_DIR
+report.report.store_dir = %STORE_DIR
+report.report.source = 'code'
+MODEL_DIR = %gin.REQUIRED
+STORE_DIR = %gin.REQUIRED
+"""
+
+
+def test_the_entry_point_takes_gin(stores, tmp_path):
+  trained(tmp_path, steps=40)
+  (tmp_path / 'report.gin').write_text(GIN)
+  command = [sys.executable, '-m', 't5x_like.report', f'--gin_file={tmp_path}/report.gin',
+             f'--gin.MODEL_DIR="{tmp_path}"', f'--gin.STORE_DIR="{stores}"']
+  done = subprocess.run([*command, '--dry_run'], capture_output=True, text=True)
+  assert done.returncode == 0 and '40 lines of metrics, no evaluation' in done.stdout, done.stderr
+  assert not (tmp_path / 'report.md').exists()
+  done = subprocess.run(command, capture_output=True, text=True)
+  assert done.returncode == 0 and 'wrote' in done.stdout, done.stderr
+  assert (tmp_path / 'report.md').exists()
 
 
 def test_a_run_without_evaluation_says_so(stores, tmp_path):
