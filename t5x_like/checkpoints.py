@@ -7,7 +7,7 @@ tensor's shape, dtype and checksum and the caller's `extra`.
 
 import sys
 import threading
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, Literal, Self
 
 import jax
@@ -195,7 +195,8 @@ class Checkpointer:
         (self.directory / str(step)).rmtree(missing_ok=True)
 
 
-def load_params(path: epath.PathLike, abstract_params: Any, *, step: int | None = None) -> Any:
+def load_params(path: epath.PathLike, abstract_params: Any, *, step: int | None = None,
+                which: Literal['params', 'ema', 'evaluated'] = 'params') -> Any:
   """Loads and verifies the weights only, onto any mesh.
 
   Args:
@@ -203,6 +204,7 @@ def load_params(path: epath.PathLike, abstract_params: Any, *, step: int | None 
     abstract_params: tree of jax.ShapeDtypeStruct, with shardings or for one device; a floating
       dtype other than the saved one is cast after verification.
     step: this one only; None: the newest good one.
+    which: the weights being trained, their average, or ('evaluated') the average if there is one.
 
   Returns:
     The parameters as a tree like `abstract_params`.
@@ -211,18 +213,20 @@ def load_params(path: epath.PathLike, abstract_params: Any, *, step: int | None 
     ValueError: no checkpoint there, none good, or tensors missing, left over or of another shape
       (all listed, with the nearest names).
   """
+  trees = {'params': ('params',), 'ema': ('ema',), 'evaluated': ('ema', 'params')}
+  if which not in trees:
+    raise ValueError(f'load_params which={which!r}: allowed are {", ".join(trees)}')
   path = epath.Path(path)
   if path.name.isdigit() and step is None and _committed(path):
     path, step = path.parent, int(path.name)
   steps = _steps(path)
   if not steps:
     raise ValueError(f'no complete checkpoint in {path}; give the directory of the <step>/ folders')
-  wanted = {'params': abstract_params}
-  return _newest_good(path, steps, step, wanted, only='params/')[1]['params']
+  return _newest_good(path, steps, step, abstract_params, trees=trees[which])[1]
 
 
 def _newest_good(directory: epath.Path, steps: list[int], step: int | None, abstract: Any, *,
-                 only: str = '') -> tuple[int, Any, dict[str, Any], dict[int, str]]:
+                 trees: Sequence[str] = ()) -> tuple[int, Any, dict[str, Any], dict[int, str]]:
   """Returns step, state and extra of the newest good checkpoint, and what ails those skipped."""
   if step is not None and step not in steps:
     raise ValueError(f'no complete checkpoint of step {step} in {directory}; there are {steps}')
@@ -230,7 +234,7 @@ def _newest_good(directory: epath.Path, steps: list[int], step: int | None, abst
   for candidate in [step] if step is not None else reversed(steps):
     path, damage, result = directory / str(candidate), '', None
     try:
-      result = _load(path, abstract, only=only)
+      result = _load(path, abstract, trees)
     except integrity.Damaged as error:
       damage = str(error)
     if _everywhere(not damage) and result is not None:
@@ -242,17 +246,24 @@ def _newest_good(directory: epath.Path, steps: list[int], step: int | None, abst
                    'Restore the files from a backup, or start in an empty directory')
 
 
-def _load(path: epath.Path, abstract: Any, *, only: str) -> tuple[Any, dict[str, Any]]:
-  """Reads and verifies a checkpoint; raises Damaged, or ValueError where it is another model's."""
+def _load(path: epath.Path, abstract: Any, trees: Sequence[str]) -> tuple[Any, dict[str, Any]]:
+  """Reads and verifies a checkpoint, or the first of the given trees that it has.
+
+  Raises Damaged, or ValueError where it is another model's.
+  """
   try:
     manifest = ocp.JsonCheckpointHandler().restore(path / 'manifest')
   except Exception as error:
     raise integrity.Damaged(
         f'its manifest {path / "manifest"} cannot be read: {_brief(error)}') from error
   body = integrity.unseal(manifest)
-  saved = {name: tensor for name, tensor in body['tensors'].items() if name.startswith(only)}
-  wanted = integrity.named_leaves(abstract)
-  lines = integrity.differences(saved, integrity.describe(wanted), casts=bool(only))
+  saved, wanted = body['tensors'], integrity.named_leaves(abstract)
+  if trees:
+    roots = {name.split('/')[0] for name in saved}
+    root = next((tree for tree in trees if tree in roots), trees[0])
+    saved = {name: tensor for name, tensor in saved.items() if name.startswith(f'{root}/')}
+    wanted = {f'{root}/{name}': leaf for name, leaf in wanted.items()}
+  lines = integrity.differences(saved, integrity.describe(wanted), casts=bool(trees))
   if lines:
     raise ValueError(f'checkpoint {path} does not fit this model, {len(lines)} differences:\n  '
                      + '\n  '.join(lines))
@@ -324,7 +335,7 @@ def _list_or_none(directory: epath.Path) -> str:
 
 def _brief(error: BaseException) -> str:
   text = ' '.join(str(error).split())
-  return text if len(text) <= 400 else f'{text[:200]} ... {text[-200:]}'
+  return text if len(text) <= 500 else f'{text[:500]} ...'
 
 
 def _tell(text: str) -> None:

@@ -16,6 +16,7 @@ import subprocess
 import sys
 import threading
 import time
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -282,6 +283,22 @@ def test_load_params_reads_only_weights_and_casts(tmp_path):
     checkpoints.load_params(tmp_path / 'nowhere', half)
   with pytest.raises(ValueError, match=r'no complete checkpoint of step 9 .* there are \[4\]'):
     checkpoints.load_params(tmp_path, half, step=9)
+
+
+def test_load_params_prefers_the_average_where_asked(tmp_path):
+  tree, like = {'w': jnp.ones(3)}, {'w': jax.ShapeDtypeStruct((3,), jnp.float32)}
+  with checkpoints.Checkpointer(tmp_path, every=1) as saver:
+    saver.save(1, {'params': tree}, extra={})
+    saver.save(2, {'params': tree, 'ema': {'w': jnp.zeros(3)}}, extra={})
+  assert float(checkpoints.load_params(tmp_path, like)['w'][0]) == 1
+  assert float(checkpoints.load_params(tmp_path, like, which='ema')['w'][0]) == 0
+  assert float(checkpoints.load_params(tmp_path, like, which='evaluated')['w'][0]) == 0
+  assert float(checkpoints.load_params(tmp_path, like, which='evaluated', step=1)['w'][0]) == 1
+  with pytest.raises(ValueError, match='missing in the checkpoint: ema/w'):
+    checkpoints.load_params(tmp_path, like, which='ema', step=1)
+  wrong: Any = 'average'
+  with pytest.raises(ValueError, match="which='average': allowed are params, ema, evaluated"):
+    checkpoints.load_params(tmp_path, like, which=wrong)
 
 
 def test_full_disk_is_survived(tmp_path, capfd):
