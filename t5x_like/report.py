@@ -145,11 +145,11 @@ def _training_rows(records: Sequence[Mapping[str, Any]]) -> list[list[str]]:
   steps, losses = metrics.column(records, 'loss')
   rows = [['steps', f'{steps[-1]:,}' if steps else '0'],
           ['last training loss (nats per token)', f'{losses[-1]:.4f}' if losses else '-']]
-  for name, label in (('tokens', 'tokens trained on'), ('tokens_per_second', 'tokens/s (median)'),
-                      ('mfu', 'MFU (median)')):
+  for name, label in (('tokens', 'real tokens per step (median)'),
+                      ('tokens_per_second', 'tokens/s (median)'), ('mfu', 'MFU (median)')):
     values = [v for v in metrics.column(records, name)[1] if np.isfinite(v)]
     if values:
-      value = values[-1] if name == 'tokens' else float(np.median(values))
+      value = float(np.median(values))
       rows.append([label, f'{100 * value:.1f} %' if name == 'mfu' else f'{value:,.0f}'])
   return rows
 

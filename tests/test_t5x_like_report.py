@@ -165,7 +165,7 @@ def trained(path, *, steps=400):
       loss = 2.2 + 3.5 / (1 + step / 30) + rng.normal() * 0.1
       with book.phase('productive'):
         writer.write(step, {'loss': math.nan if step == 200 else np.float32(loss),
-                            'tokens_per_second': 6000.0 + step, 'mfu': 0.45, 'tokens': 2048 * step})
+                            'tokens_per_second': 6000.0 + step, 'mfu': 0.45, 'tokens': 2048.0})
       if step % 100 == 0:
         writer.write(step, {'eval/bits_per_byte': 1.5 + 1.5 / (1 + step / 100)})
       book.step(step)
@@ -182,7 +182,8 @@ def test_a_run_becomes_a_report(stores, tmp_path, capsys):
   text = (tmp_path / 'report.md').read_text()
   for part in ('**1.8000 bits per byte**', '| unigram token model |', '| `xz -9e`, primed |',
                'add-one smoothed', '![loss curve](loss_curve.png)', 'Where the time went',
-               'Goodput', '| MFU (median) | 45.0 % |', '| steps | 400 |',
+               'Goodput', '| MFU (median) | 45.0 % |',
+               '| real tokens per step (median) | 2,048 |', '| steps | 400 |',
                'evaluated on 10 bytes, not on all'):
     assert part in text, part
   result = json.loads((tmp_path / 'report.json').read_text())
