@@ -1,7 +1,9 @@
 """Which row of which source is row g of the run: arithmetic, forward and backward.
 
-Nothing is drawn from a running generator and nothing is counted, so any row of a run costs the same
-to find, on any number of processes. All maps work on numpy arrays, element by element.
+Nothing is drawn from a running generator, so any row of a run costs the same to find, on any number
+of processes. The rows of a run fall into periods. A keyed permutation of a period deals its places
+to the sources in exact numbers; a source's rows are counted over its places, so that it is read
+strictly epoch by epoch, each epoch in an order of its own.
 
 The shuffle is a generalised Feistel network over Z_a x Z_b, the least a * b >= n near the square,
 with cycle walking down to [0, n) (Black & Rogaway, "Ciphers with arbitrary finite domains", 2002).
@@ -12,6 +14,7 @@ round function is the finaliser of splitmix64 (Steele et al., 2014): it spreads,
 import bisect
 import dataclasses
 import difflib
+import functools
 import hashlib
 import math
 from collections.abc import Mapping, Sequence
@@ -183,6 +186,7 @@ class Order:
     self._keys = np.stack([derive_key('rows', seed, n, keys[n]) for n in self.names])
     self._mix_key = derive_key('mixture', seed)
     self.phases = self._make_phases(rates)
+    self._draw = functools.lru_cache(maxsize=4)(self._make_draw)
 
   def rows(self, g: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Returns what rows g of the run are.
@@ -224,35 +228,46 @@ class Order:
       if i + 1 < len(self.phases):
         inside &= ordinal < self.phases[i + 1].ordinals[s]
       later, rank = np.divmod(ordinal[inside] - phase.ordinals[s], count)
-      q = phase.first + later
-      slot = phase.counts[:s].sum() + rank
-      p = permute(slot, size=self.period, key=self._mix_key, tweak=q, direction='backward')
-      out[inside] = q * self.period + p
+      periods, slot = phase.first + later, phase.counts[:s].sum() + rank
+      place = np.empty_like(slot)
+      for q in np.unique(periods).tolist():
+        place[periods == q] = self._draw(q)[2][slot[periods == q]]
+      out[inside] = periods * self.period + place
     return out
 
   def consumed(self, g: int) -> dict[str, int]:
     """Returns how many rows of each source come before row g of the run."""
     q, p = divmod(g, self.period)
-    phase = self.phases[bisect.bisect([f.first for f in self.phases], q) - 1]
+    phase = self._phase(q)
     whole = phase.ordinals + (q - phase.first) * phase.counts
     source, _ = self._ordinals(np.arange(g - p, g, dtype=np.int64))
     part = np.bincount(source, minlength=len(self.names))
     return dict(zip(self.names, (whole + part).tolist(), strict=True))
 
   def _ordinals(self, g: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    q, p = np.divmod(g, self.period)
-    slot = permute(p, size=self.period, key=self._mix_key, tweak=q)
-    phase_of = np.searchsorted([f.first for f in self.phases], q, side='right') - 1
+    periods, p = np.divmod(g, self.period)
     source, ordinal = np.empty_like(g), np.empty_like(g)
-    for i in np.unique(phase_of):
-      phase = self.phases[i]
-      here = phase_of == i
-      ends = np.cumsum(phase.counts)
-      s = np.searchsorted(ends, slot[here], side='right')
-      rank = slot[here] - (ends - phase.counts)[s]
+    for q in np.unique(periods).tolist():
+      phase, here = self._phase(q), periods == q
+      found, rank, _ = self._draw(q)
+      s = found[p[here]]
       source[here] = s
-      ordinal[here] = phase.ordinals[s] + (q[here] - phase.first) * phase.counts[s] + rank
+      ordinal[here] = phase.ordinals[s] + (q - phase.first) * phase.counts[s] + rank[p[here]]
     return source, ordinal
+
+  def _phase(self, q: int) -> Phase:
+    return self.phases[bisect.bisect([f.first for f in self.phases], q) - 1]
+
+  def _make_draw(self, q: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Returns, for period q, by place: source and rank in it; and the places by source and rank."""
+    ends = np.cumsum(self._phase(q).counts)
+    slot = permute(np.arange(self.period), size=self.period, key=self._mix_key, tweak=q)
+    source = np.searchsorted(ends, slot, side='right').astype(np.int32)
+    places = np.argsort(source, kind='stable').astype(np.int32)
+    rank = np.empty(self.period, np.int32)
+    begin = np.concatenate([[0], ends[:-1]])
+    rank[places] = np.arange(self.period) - begin[source[places]]
+    return source, rank, places
 
   def _make_phases(self, rates: Mapping[int, Mapping[str, float]]) -> tuple[Phase, ...]:
     phases: list[Phase] = []
