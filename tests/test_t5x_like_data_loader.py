@@ -174,6 +174,11 @@ def test_attention_over_the_row_is_one_segment(tmp_path):
   assert apart['segment_ids'].max() == 2
 
 
+def test_no_rows_is_an_empty_batch(tmp_path):
+  write(tmp_path, 'a', [4, 4])
+  assert {v.shape for v in make(tmp_path, 'a').batch(0, rows=[]).values()} == {(0, 8)}
+
+
 def test_bos_begins_every_document(tmp_path):
   write(tmp_path, 'a', [4, 4], bos_id=7)
   batch = make(tmp_path, 'a').batch(0)

@@ -74,9 +74,6 @@ class EvalLoader:
       if len(here):
         spans = source.objective.spans(g[here] - self._bounds[i])
         parts.append((source.stream, here, self._upto(spans, self._documents[i])))
-    if not parts:
-      parts = [(self._sources[0].stream, g[:0],
-                self._upto(self._sources[0].objective.spans(np.array([0])), 0))]
     first = self._sources[0].store
     return objectives.assemble(parts, rows=len(g), length=self.length, bos_id=first.bos_id,
                                pad_id=first.pad_id, attention='document')

@@ -198,26 +198,31 @@ def assemble(parts: Sequence[tuple[Stream, np.ndarray, Spans]], *, rows: int, le
   Returns:
     Arrays [rows, length]; see FEATURES.
   """
+  blank = {'inputs': pad_id, 'targets': pad_id}
+  out = {name: np.full(rows * length, blank.get(name, 0), dtype)
+         for name, dtype in FEATURES.items()}
+  if parts:
+    at, values = _lay_out(parts, length=length, bos_id=bos_id, attention=attention)
+    for name, array in out.items():
+      array[at] = values[name]
+  return {name: array.reshape(rows, length) for name, array in out.items()}
+
+
+def _lay_out(parts: Sequence[tuple[Stream, np.ndarray, Spans]], *, length: int, bos_id: int,
+             attention: Attention) -> tuple[np.ndarray, dict[str, np.ndarray]]:
   reads = [_read(*part) for part in parts]
   tokens, previous, weights, row, column, segment, sizes = (
     np.concatenate([r[i] for r in reads]) for i in range(7))
-  flat = np.repeat(row * length + column, sizes) + ragged_arange(sizes)
-  first = np.cumsum(sizes) - sizes
+  inside = ragged_arange(sizes)
+  at = np.repeat(row * length + column, sizes) + inside
   shifted = np.empty_like(tokens)
   shifted[1:] = tokens[:-1]
-  shifted[first] = np.where(previous < 0, bos_id, previous)
-  inside = ragged_arange(sizes)
+  shifted[np.cumsum(sizes) - sizes] = np.where(previous < 0, bos_id, previous)
   if attention == 'row':
     inside = inside + np.repeat(column, sizes)
     segment = np.ones_like(segment)
-  values = {'inputs': shifted, 'targets': tokens, 'segment_ids': np.repeat(segment, sizes),
-            'positions': inside, 'loss_weights': weights}
-  out = {}
-  for name, dtype in FEATURES.items():
-    array = np.full(rows * length, pad_id if name in ('inputs', 'targets') else 0, dtype)
-    array[flat] = values[name]
-    out[name] = array.reshape(rows, length)
-  return out
+  return at, {'inputs': shifted, 'targets': tokens, 'segment_ids': np.repeat(segment, sizes),
+              'positions': inside, 'loss_weights': weights}
 
 
 def _read(stream: Stream, rows: np.ndarray, spans: Spans) -> tuple[np.ndarray, ...]:
