@@ -1,9 +1,15 @@
 """Held-out loss and bits per byte: a hook of training, and `python -m t5x_like.evaluate`."""
 
+import sys
+
+from t5x_like import config
+
+if __name__ == '__main__':  # Before the slow imports: flags are answered at once.
+  sys.exit(config.run('t5x_like.evaluate.evaluate'))
+
 import json
 import math
 import os
-import sys
 import time
 from collections.abc import Mapping
 from typing import Any, Protocol
@@ -14,7 +20,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from partitioning import rules as rules_lib
-from t5x_like import checkpoints, config, losses
+from t5x_like import checkpoints, losses
 from t5x_like import state as state_lib
 from t5x_like import step as step_lib
 from t5x_like.hooks import Run
@@ -155,7 +161,3 @@ def evaluate(*, model: state_lib.Model, mesh: Mesh, rules: rules_lib.Rules, load
     os.makedirs(workdir, exist_ok=True)
     write_json(os.path.join(workdir, 'evaluation.json'), found)
   return found
-
-
-if __name__ == '__main__':
-  sys.exit(config.run('t5x_like.evaluate.evaluate'))

@@ -1,13 +1,20 @@
 """Continues prompts with trained weights: `python -m t5x_like.generate --prompt TEXT ...`."""
 
 import sys
+
+from t5x_like import config
+
+if __name__ == '__main__':  # Before the slow imports: flags are answered at once.
+  sys.exit(config.run('t5x_like.generate.generate',
+                      flags={'prompt': str, 'new_tokens': int, 'seed': int, 'step': int}))
+
 from collections.abc import Sequence
 from typing import Any
 
 from jax.sharding import Mesh
 
 from partitioning import rules as rules_lib
-from t5x_like import checkpoints, config, decode
+from t5x_like import checkpoints, decode
 from t5x_like import state as state_lib
 
 
@@ -44,8 +51,3 @@ def generate(*, model: Any, mesh: Mesh, rules: rules_lib.Rules, vocabulary: Any,
   for text, more in zip(texts, said, strict=True):
     print(f'{text}{more}\n---')
   return said
-
-
-if __name__ == '__main__':
-  sys.exit(config.run('t5x_like.generate.generate',
-                      flags={'prompt': str, 'new_tokens': int, 'seed': int, 'step': int}))

@@ -152,7 +152,7 @@ def make(structure: Structure, optimizer: optax.GradientTransformation, loss: lo
       new['ema'] = jax.tree.map(lambda old, p: old * ema + p * (1 - ema),
                                 train_state['ema'], params)
     out = {name: total / jnp.maximum(w, 1e-9) for name, (total, w) in metrics.items()}
-    out |= {'grad_norm': optax.global_norm(grads), 'tokens': weight}
+    out |= {'grad_norm': optax.tree.norm(grads), 'tokens': weight}
     rate = getattr(optimizer, 'learning_rate', None)
     if rate is not None:
       out['learning_rate'] = jnp.asarray(rate(step), jnp.float32)

@@ -1,10 +1,16 @@
 """Pretrains a model: `python -m t5x_like.train --gin_file=gin/runs/pretrain.gin ...`."""
 
+import sys
+
+from t5x_like import config
+
+if __name__ == '__main__':  # Before the slow imports: flags are answered at once.
+  sys.exit(config.run('t5x_like.train.train'))
+
 import base64
 import contextlib
 import os
 import signal
-import sys
 import threading
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -15,7 +21,7 @@ import optax
 from jax.sharding import Mesh
 
 from partitioning import rules as rules_lib
-from t5x_like import checkpoints, config, hardware, ledger, losses, metrics, preview, progress
+from t5x_like import checkpoints, hardware, ledger, losses, metrics, preview, progress
 from t5x_like import state as state_lib
 from t5x_like import step as step_lib
 from t5x_like.data import prefetch
@@ -294,7 +300,3 @@ def dry_run(**settings: Any) -> dict[str, Any]:
                microbatches=settings.get('microbatches', 1), ema=settings.get('ema'))
   return preview.show(plan.structure, plan.abstract, plan.shapes, plan.lower, model=plan.model,
                       loader=plan.loader, steps=settings['steps'])
-
-
-if __name__ == '__main__':
-  sys.exit(config.run('t5x_like.train.train'))
