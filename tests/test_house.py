@@ -43,11 +43,12 @@ _CHAINS = [
   ('t5x_like.state', 't5x_like.decode', 't5x_like.evaluate'),
 ]
 _NEVER = {'t5x_like.train': {'t5x_like.evaluate', 't5x_like.decode'}}
+_SEQIO = {f't5x_like/data/{m}.py' for m in ('tasks', 'prepare', 'live', 'seqio_vocabularies')}
 _ONLY_IN = {
   'gin': {'t5x_like/config.py'},
-  'tensorflow': {'t5x_like/data/tasks.py', 't5x_like/data/prepare.py', 't5x_like/data/live.py'},
-  'tensorflow_datasets': {'t5x_like/data/tasks.py', 't5x_like/data/prepare.py'},
-  'seqio': {'t5x_like/data/tasks.py', 't5x_like/data/prepare.py', 't5x_like/data/live.py'},
+  'tensorflow': _SEQIO,
+  'tensorflow_datasets': _SEQIO,
+  'seqio': _SEQIO,
   'torch': set(),
   'transformers': set(),
 }
