@@ -78,18 +78,14 @@ while True:
 def test_killed_during_a_save_leaves_a_good_checkpoint(tmp_path):
   last, cut, line, tree = 0, 0, '', None
   for seed in range(3):
-    child = subprocess.Popen(
-      [sys.executable, '-c', CHILD, str(tmp_path)],
-      stdout=subprocess.PIPE,
-      text=True,
-      cwd=pathlib.Path(__file__).parent.parent,
-    )
-    assert child.stdout is not None
-    for _ in range(4):
-      line = child.stdout.readline()
-    time.sleep(float(np.random.default_rng(seed).uniform(0, 0.04)))
-    child.send_signal(signal.SIGKILL)
-    child.wait()
+    root = pathlib.Path(__file__).parent.parent
+    with subprocess.Popen([sys.executable, '-c', CHILD, str(tmp_path)], text=True,
+                          stdout=subprocess.PIPE, cwd=root) as child:
+      assert child.stdout is not None
+      for _ in range(4):
+        line = child.stdout.readline()
+      time.sleep(float(np.random.default_rng(seed).uniform(0, 0.04)))
+      child.send_signal(signal.SIGKILL)
     cut += any(not p.name.isdigit() for p in tmp_path.iterdir())
     with checkpoints.Checkpointer(tmp_path, every=1) as reader:
       like = {

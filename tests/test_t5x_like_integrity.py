@@ -1,11 +1,5 @@
 """Checksums that no sharding changes and every bit does; manifests that show every edit."""
 
-import os
-
-if 'xla_force_host_platform_device_count' not in os.environ.get('XLA_FLAGS', ''):
-  os.environ['XLA_FLAGS'] = (
-      os.environ.get('XLA_FLAGS', '') + ' --xla_force_host_platform_device_count=8').strip()
-
 import jax
 import jax.numpy as jnp
 import numpy as np
