@@ -1,6 +1,7 @@
 """Tiny models, stores and runs that many tests share."""
 
 import hashlib
+import os
 
 import jax
 import numpy as np
@@ -92,7 +93,7 @@ def write_store(directory, *, source: str = 'toy', documents: int = 60, seed: in
   words = [''.join(chr(97 + c) for c in random.integers(0, 26, n))
            for n in random.integers(1, 8, 40)]
   for number, split in enumerate(splits):
-    folder = store.store_path(str(directory), source=source, split=split)
+    folder = os.path.join(directory, source, split)
     texts = [' '.join(random.choice(words, random.integers(1, 30))) + '.'
              for _ in range(documents // (1 + 4 * number))]
     rows = [{'features': {'targets': np.array([*vocabulary.encode(t), vocabulary.eos_id])},
