@@ -32,12 +32,13 @@ def write_folder(folder, count=40):
   return folder
 
 
-def text_task(paths, *, name='t', vocabulary=BYTES, validation_fraction=0.0, **source):
+def text_task(paths, *, name='t', vocabulary: vocabularies.Vocabulary | None = BYTES, validation_fraction=0.0, **source):
   return texttasks.TextTask(name, textfiles.Text(str(paths), **source), vocabulary=vocabulary,
                             validation_fraction=validation_fraction)
 
 
-def build(paths, store_dir, *, split='train', processes=1, existing='refuse', **task):
+def build(paths, store_dir, *, split='train', processes=1,
+          existing: prepare_lib.Existing = 'refuse', **task):
   return prepare_lib.build(text_task(paths, **task), split=split, store_dir=str(store_dir),
                            processes=processes, existing=existing)
 

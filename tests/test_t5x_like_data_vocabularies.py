@@ -99,7 +99,7 @@ def test_sentinels_lie_at_the_end(trained):
   vocabulary = vocabularies.SentencePieceVocabulary(trained.path, extra_ids=2)
   assert vocabulary.vocab_size == trained.vocab_size + 2
   ids = [*trained.encode('a'), trained.vocab_size + 1, *trained.encode('b')]
-  assert vocabulary.decode(ids) == 'a<extra_id_0>b'
+  assert vocabulary.decode(ids) == 'a <extra_id_0>b'
 
 
 def test_errors_name_what_is_wrong(folder):

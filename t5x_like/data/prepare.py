@@ -9,19 +9,15 @@ worked on it.
 import concurrent.futures
 import contextlib
 import fcntl
-import functools
 import json
-import multiprocessing
 import os
 import shutil
-import signal
 import sys
-import threading
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, Literal, NamedTuple
 
-from t5x_like.data import pieces, progress, shards, textfiles, vocabularies
+from t5x_like.data import pieces, progress, shards, textfiles, vocabularies, workers
 from t5x_like.data import store as store_lib
 from t5x_like.data.texttasks import Preparable, TextTask, Unit, digest
 
@@ -35,15 +31,6 @@ class Built(NamedTuple):
   seconds: float
   how: Literal['built', 'resumed', 'reused']
   skipped: list[textfiles.Skipped]
-
-
-class _Job(NamedTuple):
-  """What a worker needs to write any shard of one store."""
-
-  task: Preparable
-  split: str
-  directory: str
-  features: dict[str, int]
 
 
 def build(task: Preparable, *, split: str, store_dir: str, processes: int,
@@ -63,6 +50,10 @@ def build(task: Preparable, *, split: str, store_dir: str, processes: int,
       split.
   """
   began = time.monotonic()
+  if processes > 1 and not task.portable:
+    print(f'prepare: {task.name} in one process, since no module that other processes could import '
+          f'registers it', file=sys.stderr)
+    processes = 1
   if split not in task.splits:
     raise ValueError(f'task {task.name!r} has no split {split!r}; it has: {", ".join(task.splits)}')
   parent = os.path.join(store_dir, task.name)
@@ -216,13 +207,13 @@ def _write(task: Preparable, *, split: str, directory: str, inputs: Mapping[str,
   features = {name: v.vocab_size for name, v in vocabulary_of.items()}
   keys = [digest([defined, features, [(n, *inputs.get(n, ())) for n in unit.names]])
           for unit in units]
-  job = _Job(task, split, directory, features)
+  job = workers.Job(task, split, directory, features)
   infos = _shards(job, units=units, keys=keys, processes=processes)
   if not any(i.documents for i in infos):
     raise ValueError(_nothing(task, split=split, units=len(units), directory=directory))
   skipped: dict[str, list[str]] = {}
   for index in range(len(units)):
-    for name, reason in _read_skipped(directory, index):
+    for name, reason in workers.read_skipped(directory, index):
       skipped.setdefault(name, []).append(reason)
   _clean(directory, keep=infos)
   vocabulary = vocabulary_of.get('targets') or next(iter(vocabulary_of.values()))
@@ -234,7 +225,7 @@ def _write(task: Preparable, *, split: str, directory: str, inputs: Mapping[str,
             for name, (sha, size) in inputs.items()])
 
 
-def _shards(job: _Job, *, units: Sequence[Unit], keys: Sequence[str], processes: int
+def _shards(job: workers.Job, *, units: Sequence[Unit], keys: Sequence[str], processes: int
             ) -> list[shards.ShardInfo]:
   total = sum(u.bytes for u in units)
   shown = progress.Progress(f'prepare {job.task.name}/{job.split}', total=total)
@@ -251,7 +242,7 @@ def _shards(job: _Job, *, units: Sequence[Unit], keys: Sequence[str], processes:
   if infos:
     print(f'prepare {job.task.name}/{job.split}: {len(infos)} of {len(units)} shards are already '
           f'there', file=sys.stderr)
-  with _pool(job, processes=min(processes, len(todo))) as (submit, done):
+  with workers.pool(job, processes=min(processes, len(todo))) as (submit, done):
     waiting: dict[Any, int] = {submit(index, units[index], keys[index]): index for index in todo}
     while waiting:
       ready, _ = concurrent.futures.wait(waiting, timeout=0.2,
@@ -264,95 +255,6 @@ def _shards(job: _Job, *, units: Sequence[Unit], keys: Sequence[str], processes:
   return [infos[i] for i in range(len(units))]
 
 
-_Submit = Callable[[int, Unit, str], 'concurrent.futures.Future[shards.ShardInfo]']
-
-
-@contextlib.contextmanager
-def _pool(job: _Job, *, processes: int) -> Iterator[tuple[_Submit, Callable[[], int]]]:
-  if processes <= 1:
-    with concurrent.futures.ThreadPoolExecutor(1) as pool:
-      here = _Worker(job, None)
-      try:
-        yield functools.partial(pool.submit, here.shard), lambda: here.bytes
-      finally:
-        pool.shutdown(cancel_futures=True)
-    return
-  # Spawned, since forking a process with threads (TensorFlow's, or JAX's) can hang it.
-  context = multiprocessing.get_context('spawn')
-  counter = context.Value('q', 0)
-  with concurrent.futures.ProcessPoolExecutor(
-      processes, mp_context=context, initializer=_start, initargs=(job, counter)) as pool:
-    try:
-      yield functools.partial(pool.submit, _work), lambda: counter.value
-    except concurrent.futures.process.BrokenProcessPool:
-      raise RuntimeError(f'a process preparing {job.task.name!r} died (out of memory?); run again '
-                         f'to go on, perhaps with fewer processes') from None
-    finally:
-      pool.shutdown(cancel_futures=True)
-
-
-class _Worker:
-  """Writes shards, and counts the bytes of input it is through with."""
-
-  def __init__(self, job: _Job, counter: Any):
-    self._job, self._counter = job, counter
-    self.bytes = 0
-
-  def shard(self, index: int, unit: Unit, key: str) -> shards.ShardInfo:
-    job = self._job
-    return shards.write_shard(job.directory, index=index, features=job.features, key=key,
-                              documents=self._documents(index, unit))
-
-  def _documents(self, index: int, unit: Unit) -> Iterator[dict[str, Any]]:
-    left, skipped = unit.bytes, []
-    for document in self._job.task.documents(unit, split=self._job.split, skipped=skipped):
-      yield document
-      count = min(document['text_bytes'], left)
-      left -= count
-      self._add(count)
-    # Written before the shard counts as finished, so that no resumed store lacks it.
-    with shards.atomic_file(_skipped_file(self._job.directory, index)) as file:
-      file.write(json.dumps(skipped).encode())
-    self._add(left)
-
-  def _add(self, count: int) -> None:
-    if self._counter is None:
-      self.bytes += count
-      return
-    with self._counter.get_lock():
-      self._counter.value += count
-
-
-_workers: list[_Worker] = []  # The one of this process, if it is a worker.
-
-
-def _start(job: _Job, counter: Any) -> None:
-  # Ctrl-C reaches the parent, which cancels; and no worker outlives a parent that was killed.
-  signal.signal(signal.SIGINT, signal.SIG_IGN)
-  parent = multiprocessing.parent_process()
-  assert parent is not None
-
-  def watch() -> None:
-    parent.join()
-    os._exit(1)
-
-  threading.Thread(target=watch, daemon=True).start()
-  _workers[:] = [_Worker(job, counter)]
-
-
-def _work(index: int, unit: Unit, key: str) -> shards.ShardInfo:
-  return _workers[0].shard(index, unit, key)
-
-
-def _skipped_file(directory: str, index: int) -> str:
-  return os.path.join(directory, f'shard-{index:05d}.skipped.json')
-
-
-def _read_skipped(directory: str, index: int) -> list[textfiles.Skipped]:
-  with open(_skipped_file(directory, index), encoding='utf-8') as file:
-    return [textfiles.Skipped(*entry) for entry in json.load(file)]
-
-
 def _skipped_of(store: store_lib.Store) -> list[textfiles.Skipped]:
   return [textfiles.Skipped(i['file'], reason) for i in store.manifest['inputs']
           for reason in i.get('skipped', ())]
@@ -360,7 +262,7 @@ def _skipped_of(store: store_lib.Store) -> list[textfiles.Skipped]:
 
 def _nothing(task: Preparable, *, split: str, units: int, directory: str) -> str:
   count = len(task.files())
-  skipped = [s for i in range(units) for s in _read_skipped(directory, i)]
+  skipped = [s for i in range(units) for s in workers.read_skipped(directory, i)]
   text = f'split {split!r} of {task.name!r} has no document: {count} files were read'
   if skipped:
     text += f', {len(skipped)} left out ({skipped[0].name}: {skipped[0].reason})'

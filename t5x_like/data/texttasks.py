@@ -47,6 +47,11 @@ class Preparable(Protocol):
     """Names of its splits."""
     ...
 
+  @property
+  def portable(self) -> bool:
+    """Whether another process can read it."""
+    ...
+
   def definition(self) -> dict[str, Any]:
     """Returns what decides the tokens, inputs and vocabulary apart; JSON-able."""
     ...
@@ -94,6 +99,11 @@ class TextTask:
     if isinstance(self.eos, str) or unknown:
       raise ValueError(f'eos={self.eos!r} must list features; there are: '
                        f'{", ".join(self.source.keys)}')
+
+  @property
+  def portable(self) -> bool:
+    """Whether another process can read it: always."""
+    return True
 
   def with_vocabulary(self, vocabulary: vocabularies.Vocabulary) -> 'TextTask':
     """Returns the same task with this vocabulary."""

@@ -17,6 +17,8 @@ from typing import Any, ClassVar, Protocol
 import numpy as np
 import sentencepiece
 import tokenizers
+from google.protobuf import message
+from sentencepiece import sentencepiece_model_pb2
 
 ESCAPE = '\u2581'  # What SentencePiece writes for a space, so a real one has to travel as bytes.
 
@@ -104,15 +106,24 @@ class SentencePieceVocabulary:
     self.model = _read(path)
     self._load()
 
+  @property
+  def extended(self) -> bytes:
+    """The model with its sentinels as pieces, numbered from the end as seqio does."""
+    proto: Any = sentencepiece_model_pb2  # Its classes are made when it is imported.
+    model = proto.ModelProto.FromString(self.model)
+    for i in reversed(range(self.extra_ids)):
+      model.pieces.add(piece=f'{ESCAPE}<extra_id_{i}>', score=0.0,
+                       type=proto.ModelProto.SentencePiece.USER_DEFINED)
+    return model.SerializeToString()
+
   def _load(self) -> None:
     self._processor: Any = sentencepiece.SentencePieceProcessor()
     try:
-      self._processor.load_from_serialized_proto(self.model)
-    except RuntimeError as error:
+      self._processor.load_from_serialized_proto(self.extended if self.extra_ids else self.model)
+    except (RuntimeError, message.DecodeError) as error:
       raise ValueError(f'{self.path} is not a SentencePiece model: {error}') from None
     p = self._processor
-    self._pieces: int = p.get_piece_size()
-    self.vocab_size = self._pieces + self.extra_ids
+    self.vocab_size: int = p.get_piece_size()
     self.pad_id: int = max(p.pad_id(), 0)
     self.eos_id: int | None = _some(p.eos_id())
     self.bos_id: int | None = _some(p.bos_id())
@@ -135,13 +146,7 @@ class SentencePieceVocabulary:
     """Returns the text of ids, up to the first EOS; padding is dropped."""
     drop = {self.pad_id, self.eos_id, self.bos_id}
     kept = [i for i in _until(ids, self.eos_id) if i not in drop and i < self.vocab_size]
-    text, start = '', 0
-    for end, i in enumerate(kept):
-      if i >= self._pieces:
-        text += self._processor.decode(kept[start:end])
-        text += f'<extra_id_{self.vocab_size - 1 - i}>'
-        start = end + 1
-    return text + self._processor.decode(kept[start:])
+    return self._processor.decode(kept)
 
   def fingerprint(self) -> str:
     """Returns a hash (hex) that is equal for vocabularies which give equal ids."""
