@@ -151,7 +151,7 @@ def evaluate(*, model: state_lib.Model, mesh: Mesh, rules: rules_lib.Rules, load
     See `Evaluator.__call__`.
   """
   structure = state_lib.describe(model, mesh, rules)
-  params = checkpoints.load_params(checkpoint, structure.shapes, step=step)
+  params = checkpoints.load_params(checkpoint, structure.shapes, step=step, which='evaluated')
   began = time.monotonic()
   found = Evaluator(structure, loader)(params)
   print(f'{found["bits_per_byte"]:.4f} bits per byte, loss {found["loss"]:.4f} nats per token, '

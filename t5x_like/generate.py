@@ -41,7 +41,7 @@ def generate(*, model: Any, mesh: Mesh, rules: rules_lib.Rules, vocabulary: Any,
     The continuations, without the prompts.
   """
   structure = state_lib.describe(model, mesh, rules)
-  params = checkpoints.load_params(checkpoint, structure.shapes, step=step)
+  params = checkpoints.load_params(checkpoint, structure.shapes, step=step, which='evaluated')
   run = decode.Generator(structure, model, eos_id=vocabulary.eos_id,
                          sampling=sampling or decode.Sampling(temperature=0.8))
   texts = list(prompts) or [prompt]
