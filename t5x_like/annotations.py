@@ -12,9 +12,10 @@ _PLAIN = (int, float, str, bool, bytes, list, tuple, dict, set, type(None))
 
 
 class Built(NamedTuple):
-  """Stands for the object that a reference `@name()` will build, whose type is not known."""
+  """Stands for the object that a reference `@name()` will build, and what is known of its type."""
 
   name: str
+  type: Any = inspect.Parameter.empty
 
   def __repr__(self) -> str:
     return f'@{self.name}()'
@@ -78,7 +79,7 @@ def fits(value: Any, annotation: Any) -> Answer:
     answers = [fits(value, a) for a in args]
     return 'yes' if 'yes' in answers else 'unknown' if 'unknown' in answers else 'no'
   if isinstance(value, Built):
-    return 'no' if annotation in (int, float, str, bool, None, type(None)) else 'unknown'
+    return _built_fits(value, annotation)
   if isinstance(value, Unbuilt):
     return _unbuilt_fits(value, annotation, origin)
   if origin is Literal:
@@ -91,6 +92,20 @@ def fits(value: Any, annotation: Any) -> Answer:
     return _class_fits(value, origin or annotation, args)
   except TypeError:  # Not a class: a type variable, a forward reference, a protocol.
     return 'unknown'
+
+
+def returned(function: Any) -> Any:
+  """Returns the annotated type of what a call gives, `inspect.Parameter.empty` where unknown."""
+  if inspect.isclass(function):
+    return function
+  return hints(function).get('return', inspect.Parameter.empty)
+
+
+def _built_fits(value: Built, annotation: Any) -> Answer:
+  """Only numbers, texts and None are told apart; what builds them must be annotated to say so."""
+  if annotation not in (int, float, str, bool, None, type(None)):
+    return 'unknown'
+  return _any_of([value.type is annotation or (annotation is float and value.type is int)])
 
 
 def _any_of(answers: list[bool]) -> Answer:

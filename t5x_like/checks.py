@@ -178,7 +178,8 @@ def _stand_in(value: Any, program: Program) -> Any:
       bound = program.table.get(key)
       return _stand_in(bound[-1].value, program) if bound else annotations.Built(reference.selector)
     if reference.use == 'called':
-      return annotations.Built(reference.selector)
+      made = annotations.returned(program.function(reference.selector))
+      return annotations.Built(reference.selector, made)
     return annotations.Unbuilt(reference.selector, program.function(reference.selector))
   return value
 

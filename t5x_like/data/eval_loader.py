@@ -34,6 +34,7 @@ class EvalLoader:
     sources_lib.check_positive(batch_size=batch_size, length=length)
     if max_batches is not None:
       sources_lib.check_positive(max_batches=max_batches)
+    sources = sources_lib.named(sources, store_dir=store_dir)
     self.batch_size, self.length = batch_size, length
     self._sources = list(sources_lib.open_all(
       sources_lib.names_of(sources), store_dir=store_dir, split=split, length=length,

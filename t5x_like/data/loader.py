@@ -45,6 +45,7 @@ class Loader:
     sources_lib.check_choice(attention, name='attention', allowed=('document', 'row'))
     if not temperature > 0:
       raise ValueError(f'temperature must be above 0, got {temperature!r}')
+    sources = sources_lib.named(sources, store_dir=store_dir)
     self.batch_size, self.length, self.seed = batch_size, length, seed
     self._packing: objectives.Packing = packing
     self._attention: objectives.Attention = attention

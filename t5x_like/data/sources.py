@@ -1,6 +1,8 @@
 """Opening the stores of a mixture together: one cache of files, one vocabulary."""
 
 import dataclasses
+import json
+import os
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -41,6 +43,67 @@ def names_of(sources: Sources) -> list[str]:
   if not names or len(set(names)) < len(names):
     raise ValueError(f'sources must name at least one source, each once; got {sources!r}')
   return names
+
+
+def named(sources: Sources, *, store_dir: str) -> Sources:
+  """Returns the rates behind the name of a mixture; anything else as it is.
+
+  Args:
+    sources: rates, names, the name of a source, or that of a mixture `prepare` wrote down in
+      `<store_dir>/mixtures/<name>.json`.
+    store_dir: folder that holds the stores.
+
+  Raises:
+    ValueError: the mixture's file is not what `prepare` writes.
+  """
+  if not isinstance(sources, str) or os.path.isdir(os.path.join(store_dir, sources)):
+    return sources
+  path = os.path.join(store_dir, 'mixtures', f'{sources}.json')
+  try:
+    with open(path, encoding='utf-8') as file:
+      rates = json.load(file)['rates']
+    return {str(name): float(rate) for name, rate in rates.items()}
+  except FileNotFoundError:
+    return sources
+  except (ValueError, KeyError, TypeError, AttributeError) as error:
+    raise ValueError(f'{path} is not a mixture as prepare writes it ({error}); run prepare again'
+                     ) from None
+
+
+def vocab_size(*, sources: Sources, store_dir: str, split: str = 'train', multiple: int = 128
+               ) -> int:
+  """Returns the vocabulary entries a model needs for some sources.
+
+  Args:
+    sources: as for a loader.
+    store_dir: folder that holds the stores.
+    split: whose store is looked at.
+    multiple: the size is rounded up to one, so that it splits over devices and fills tiles.
+
+  Raises:
+    ValueError: there is no such store.
+  """
+  check_positive(multiple=multiple)
+  sizes = [store_lib.Store(store_lib.store_path(store_dir, source=name, split=split)).vocab_size
+           for name in names_of(named(sources, store_dir=store_dir))]
+  return -(-max(sizes) // multiple) * multiple
+
+
+def vocabulary(*, sources: Sources, store_dir: str, split: str = 'train'
+               ) -> vocabularies.Vocabulary:
+  """Returns the vocabulary that sources were prepared with.
+
+  Args:
+    sources: as for a loader.
+    store_dir: folder that holds the stores.
+    split: whose store is looked at.
+
+  Raises:
+    ValueError: there is no such store.
+  """
+  name = names_of(named(sources, store_dir=store_dir))[0]
+  store = store_lib.Store(store_lib.store_path(store_dir, source=name, split=split))
+  return vocabularies.from_manifest(store.manifest['vocabulary'], directory=store.path)
 
 
 def open_all(names: Sequence[str], *, store_dir: str, split: str, length: int,
