@@ -3,11 +3,11 @@
 import importlib
 import os
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from typing import Any
 
 from t5x_like import config
-from t5x_like.data import pieces, progress, vocabularies
+from t5x_like.data import pieces, progress, textfiles, vocabularies, workers
 from t5x_like.data import prepare as prepare_lib
 from t5x_like.data import store as store_lib
 from t5x_like.data.texttasks import Mixture, Preparable, TextTask
@@ -48,13 +48,16 @@ def prepare(*, task: Task | Sequence[Task], store_dir: str,
   mixtures, tasks = _resolved(task)
   os.makedirs(store_dir, exist_ok=True)
   tasks = _with_vocabulary(tasks, vocabulary=vocabulary, store_dir=store_dir)
-  stores = {}
-  for one in tasks:
-    for split in splits:
-      built = prepare_lib.build(one, split=split, store_dir=store_dir, processes=processes,
-                                existing=existing)
-      stores[f'{one.name}/{split}'] = built.store
-      print('\n'.join(_summary(built)), file=sys.stderr)
+  stores: dict[str, store_lib.Store] = {}
+  told: set[textfiles.Skipped] = set()
+  with workers.Pool(processes) as pool:
+    for one in tasks:
+      for split in splits:
+        built = prepare_lib.build(one, split=split, store_dir=store_dir, pool=pool,
+                                  existing=existing)
+        stores[f'{one.name}/{split}'] = built.store
+        print('\n'.join(_summary(built, told=told)), file=sys.stderr)
+        told.update(built.skipped)
   for mixture in mixtures:
     path = prepare_lib.write_mixture(mixture.name, rates=mixture.rate_table(), store_dir=store_dir)
     print(f'prepare: mixture {mixture.name} of {len(mixture.tasks)} tasks: {path}', file=sys.stderr)
@@ -137,16 +140,17 @@ def _with_vocabulary(tasks: list[Preparable], *, store_dir: str,
   return given
 
 
-def _summary(built: prepare_lib.Built) -> Iterator[str]:
+def _summary(built: prepare_lib.Built, *, told: Collection[textfiles.Skipped]) -> Iterator[str]:
   store = built.store
   tokens = sum(store.num_tokens(f) for f in store.features)
   yield (f'prepare: {store.path} {built.how} in {progress.duration(built.seconds)}: '
          f'{store.num_documents:,} documents, {store.text_bytes / 1e6:,.1f} MB, {tokens:,} tokens '
          f'({store.text_bytes / max(tokens, 1):.2f} bytes each), {store.fingerprint[:12]}')
-  for name, reason in built.skipped[:5]:
+  skipped = [s for s in built.skipped if s not in told]
+  for name, reason in skipped[:5]:
     yield f'  left out: {name}: {reason}'
-  if len(built.skipped) > 5:
-    yield f'  and {len(built.skipped) - 5} more left out; manifest.json lists them'
+  if len(skipped) > 5:
+    yield f'  and {len(skipped) - 5} more left out; manifest.json lists them'
 
 
 if __name__ == '__main__':

@@ -10,6 +10,10 @@ import tensorflow as tf
 
 from t5x_like.data import live, tasks, textfiles
 
+# TensorFlow's AutoGraph on Python 3.13, which would give up on a function that warns.
+pytestmark = pytest.mark.filterwarnings(
+  'ignore:.*got an unexpected keyword argument:DeprecationWarning')
+
 
 def register(name, dataset_fn, *, features, preprocessors=()):
   source: Any = seqio.FunctionDataSource(dataset_fn, splits=['train'])

@@ -17,7 +17,7 @@ import pytest
 import zstandard
 
 from t5x_like import prepare
-from t5x_like.data import pieces, shards, store, textfiles, texttasks, vocabularies
+from t5x_like.data import pieces, shards, store, textfiles, texttasks, vocabularies, workers
 from t5x_like.data import prepare as prepare_lib
 
 ROOT = pathlib.Path(__file__).parents[1]
@@ -32,15 +32,17 @@ def write_folder(folder, count=40):
   return folder
 
 
-def text_task(paths, *, name='t', vocabulary: vocabularies.Vocabulary | None = BYTES, validation_fraction=0.0, **source):
+def text_task(paths, *, name='t', vocabulary: vocabularies.Vocabulary | None = BYTES,
+              validation_fraction=0.0, **source):
   return texttasks.TextTask(name, textfiles.Text(str(paths), **source), vocabulary=vocabulary,
                             validation_fraction=validation_fraction)
 
 
 def build(paths, store_dir, *, split='train', processes=1,
           existing: prepare_lib.Existing = 'refuse', **task):
-  return prepare_lib.build(text_task(paths, **task), split=split, store_dir=str(store_dir),
-                           processes=processes, existing=existing)
+  with workers.Pool(processes) as pool:
+    return prepare_lib.build(text_task(paths, **task), split=split, store_dir=str(store_dir),
+                             pool=pool, existing=existing)
 
 
 def texts(built):
@@ -170,12 +172,39 @@ def test_records_from_every_kind_of_file(tmp_path):
   source = textfiles.Text(str(tmp_path), extensions=('.jsonl', '.parquet'),
                           keys={'inputs': 'prompt', 'targets': 'answer'})
   task = texttasks.TextTask('pairs', source, vocabulary=BYTES, validation_fraction=0.0)
-  built = prepare_lib.build(task, split='train', store_dir=str(tmp_path / 'o'), processes=1).store
+  built = prepare_lib.build(task, split='train', store_dir=str(tmp_path / 'o'),
+                            pool=workers.Pool(1)).store
   assert texts(built) == [r['answer'] for r in records] * 4
   assert [built.lineage(i)['position'] for i in range(12)] == [0, 1, 2] * 4
   assert built.document_tokens(0, 'inputs').tolist() == BYTES.encode('p0')
   assert built.document_tokens(0)[-1] == 1
   assert len({built.lineage(i)['hash'] for i in range(12)}) == 3
+
+
+def test_one_large_file_is_read_in_parts(tmp_path):
+  records = [{'text': f'{i} ' + 'x' * (i % 900)} for i in range(6000)]
+  (tmp_path / 'big.jsonl').write_text('\n'.join(json.dumps(r) for r in records))
+  pyarrow.parquet.write_table(pyarrow.Table.from_pylist(records), tmp_path / 'big.parquet',
+                              row_group_size=500, compression='none', use_dictionary=False)
+  for name in ('big.jsonl', 'big.parquet'):
+    built = build(tmp_path / name, tmp_path / name[4:]).store
+    assert len(built.manifest['shards']) > 2
+    assert texts(built) == [r['text'] for r in records]
+    assert [built.lineage(i)['position'] for i in range(6000)] == list(range(6000))
+  lines = (tmp_path / 'big.jsonl').read_bytes().split(b'\n')
+  lines[5000] = b'{'
+  (tmp_path / 'big.jsonl').write_bytes(b'\n'.join(lines))
+  with pytest.raises(ValueError, match='big.jsonl:5001: malformed JSON'):
+    build(tmp_path / 'big.jsonl', tmp_path / 'bad')
+
+
+def test_excluded_folders_are_left_out(tmp_path):
+  for name in ('a.txt', 'test/b.txt', 'lib/test/c.txt', 'lib/testing.txt', 'site/x/d.txt',
+               '.git/e.txt'):
+    (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+    (tmp_path / name).write_text(name)
+  source = textfiles.Text(str(tmp_path), exclude=('*test/*', 'site/*'))
+  assert [f.name for f in source.files()] == ['a.txt', 'lib/testing.txt']
 
 
 def test_separator_cuts_a_file_into_documents(tmp_path):

@@ -24,7 +24,12 @@ from t5x_like.data import (
     textfiles,
     texttasks,
     vocabularies,
+    workers,
 )
+
+# TensorFlow's AutoGraph on Python 3.13, which would give up on a function that warns.
+pytestmark = pytest.mark.filterwarnings(
+  'ignore:.*got an unexpected keyword argument:DeprecationWarning')
 
 ROOT = pathlib.Path(__file__).parents[1]
 TEXTS = ['def f(x):\n\treturn x  # \u2581 and \u2581\u2581\r\n', 'Plain prose, 12345.', ' a  b ',
@@ -107,7 +112,7 @@ def test_folder_gives_the_same_tokens_with_and_without_tensorflow(folder, all_vo
     fast = tasks.registered(f'same{i}')
     assert isinstance(fast, texttasks.TextTask)
     for split in task.splits:
-      built = prepare.build(fast, split=split, store_dir=str(tmp_path), processes=1).store
+      built = prepare.build(fast, split=split, store_dir=str(tmp_path), pool=workers.Pool(1)).store
       assert documents(built) == of_seqio(task, split)
       assert built.num_documents > 3
 
@@ -116,7 +121,7 @@ def test_through_seqio_the_store_is_the_same(folder, tmp_path):
   task = tasks.text_task('both_ways', source=textfiles.Text(str(folder)), vocabulary='bytes')
   fast = tasks.registered('both_ways')
   slow = tasks.SeqioTask('both_ways')
-  a, b = (prepare.build(t, split='train', store_dir=str(tmp_path / n), processes=1).store
+  a, b = (prepare.build(t, split='train', store_dir=str(tmp_path / n), pool=workers.Pool(1)).store
           for n, t in [('fast', fast), ('slow', slow)])
   assert documents(a) == documents(b) == of_seqio(task, 'train')
   np.testing.assert_array_equal(a.hashes, b.hashes)
@@ -217,7 +222,7 @@ def test_task_that_needs_a_length_is_sent_to_the_live_loader(tmp_path):
   task = tasks.registered('needs_length')
   assert isinstance(task, tasks.SeqioTask)
   with pytest.raises(ValueError, match="(?s)task 'needs_length', split 'train'.*live.LiveLoader"):
-    prepare.build(task, split='train', store_dir=str(tmp_path), processes=1)
+    prepare.build(task, split='train', store_dir=str(tmp_path), pool=workers.Pool(1))
 
 
 def test_tfds_task_reads_its_keys(monkeypatch):

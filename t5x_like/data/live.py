@@ -16,6 +16,9 @@ import threading
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, Literal
 
+# Before TensorFlow is imported: it reports every accelerator it cannot use, and needs none.
+os.environ.setdefault('TF_CPP_MIN_LOG_LEVEL', '3')
+
 import numpy as np
 import seqio
 import tensorflow as tf

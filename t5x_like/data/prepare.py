@@ -21,6 +21,8 @@ from t5x_like.data import pieces, progress, shards, textfiles, vocabularies, wor
 from t5x_like.data import store as store_lib
 from t5x_like.data.texttasks import Preparable, TextTask, Unit, digest
 
+_WORTH_A_PROCESS = 2 << 20  # Bytes of text that are tokenized while a process starts.
+
 Existing = Literal['refuse', 'rebuild']
 
 
@@ -33,7 +35,7 @@ class Built(NamedTuple):
   skipped: list[textfiles.Skipped]
 
 
-def build(task: Preparable, *, split: str, store_dir: str, processes: int,
+def build(task: Preparable, *, split: str, store_dir: str, pool: workers.Pool,
           existing: Existing = 'refuse') -> Built:
   """Writes the store of one split of a task, or finds it already written.
 
@@ -41,7 +43,7 @@ def build(task: Preparable, *, split: str, store_dir: str, processes: int,
     task: with its vocabularies.
     split: one of the task's.
     store_dir: the store is `<store_dir>/<task>/<split>`.
-    processes: > 0; 1 works in this process.
+    pool: who works on it.
     existing: what to do with a finished store made from something else: 'refuse' stops, 'rebuild'
       replaces it once the new one is whole.
 
@@ -50,10 +52,10 @@ def build(task: Preparable, *, split: str, store_dir: str, processes: int,
       split.
   """
   began = time.monotonic()
-  if processes > 1 and not task.portable:
+  if pool.processes > 1 and not task.portable:
     print(f'prepare: {task.name} in one process, since no module that other processes could import '
           f'registers it', file=sys.stderr)
-    processes = 1
+    pool = workers.Pool(1)
   if split not in task.splits:
     raise ValueError(f'task {task.name!r} has no split {split!r}; it has: {", ".join(task.splits)}')
   parent = os.path.join(store_dir, task.name)
@@ -61,7 +63,7 @@ def build(task: Preparable, *, split: str, store_dir: str, processes: int,
   with _locked(os.path.join(parent, f'.{split}.lock')):
     final, directory = os.path.join(parent, split), os.path.join(parent, f'.{split}.building')
     inputs = input_hashes(task.files(), cache=os.path.join(parent, '.inputs.json'),
-                          threads=processes)
+                          threads=pool.processes)
     if os.path.exists(os.path.join(final, store_lib.MANIFEST)):
       store = store_lib.Store(final)
       changes = differences(store, task=task, split=split, inputs=inputs)
@@ -75,7 +77,7 @@ def build(task: Preparable, *, split: str, store_dir: str, processes: int,
       raise ValueError(f'{final} exists but is no finished store (it has no manifest.json): move '
                        f'it away')
     resumed = os.path.isdir(directory)
-    store = _write(task, split=split, directory=directory, inputs=inputs, processes=processes)
+    store = _write(task, split=split, directory=directory, inputs=inputs, pool=pool)
     _swap(directory, final)
     return Built(store_lib.Store(final), time.monotonic() - began,
                  'resumed' if resumed else 'built', _skipped_of(store))
@@ -169,6 +171,7 @@ def trained_vocabulary(training: pieces.Training, *, tasks: Sequence[Preparable]
   path = os.path.join(folder, f'{tasks[0].name}-{training.vocab_size}-{digest(parts)[:12]}.model')
   if os.path.exists(path):
     return vocabularies.SentencePieceVocabulary(path)
+  print(f'prepare: learning a vocabulary of {training.vocab_size} pieces', file=sys.stderr)
   return pieces.train_sentencepiece((text for sample in samples for text in sample), path=path,
                                     vocab_size=training.vocab_size, model=training.model,
                                     sample_bytes=training.sample_bytes)
@@ -194,7 +197,7 @@ def write_mixture(name: str, *, rates: Mapping[str, float], store_dir: str) -> s
 
 
 def _write(task: Preparable, *, split: str, directory: str, inputs: Mapping[str, tuple[str, int]],
-           processes: int) -> store_lib.Store:
+           pool: workers.Pool) -> store_lib.Store:
   os.makedirs(directory, exist_ok=True)
   # A kill after the manifest leaves a whole store that only lacks its name: build it anew, since
   # its inputs may have changed.
@@ -205,10 +208,10 @@ def _write(task: Preparable, *, split: str, directory: str, inputs: Mapping[str,
   units = task.units(split)
   vocabulary_of = task.feature_vocabularies
   features = {name: v.vocab_size for name, v in vocabulary_of.items()}
-  keys = [digest([defined, features, [(n, *inputs.get(n, ())) for n in unit.names]])
+  keys = [digest([defined, features, unit.key, [(n, *inputs.get(n, ())) for n in unit.names]])
           for unit in units]
   job = workers.Job(task, split, directory, features)
-  infos = _shards(job, units=units, keys=keys, processes=processes)
+  infos = _shards(job, units=units, keys=keys, pool=pool)
   if not any(i.documents for i in infos):
     raise ValueError(_nothing(task, split=split, units=len(units), directory=directory))
   skipped: dict[str, list[str]] = {}
@@ -225,7 +228,7 @@ def _write(task: Preparable, *, split: str, directory: str, inputs: Mapping[str,
             for name, (sha, size) in inputs.items()])
 
 
-def _shards(job: workers.Job, *, units: Sequence[Unit], keys: Sequence[str], processes: int
+def _shards(job: workers.Job, *, units: Sequence[Unit], keys: Sequence[str], pool: workers.Pool
             ) -> list[shards.ShardInfo]:
   total = sum(u.bytes for u in units)
   shown = progress.Progress(f'prepare {job.task.name}/{job.split}', total=total)
@@ -242,7 +245,10 @@ def _shards(job: workers.Job, *, units: Sequence[Unit], keys: Sequence[str], pro
   if infos:
     print(f'prepare {job.task.name}/{job.split}: {len(infos)} of {len(units)} shards are already '
           f'there', file=sys.stderr)
-  with workers.pool(job, processes=min(processes, len(todo))) as (submit, done):
+  worth = len(todo)
+  if isinstance(job.task, TextTask):
+    worth = min(worth, 1 + (total - kept) // _WORTH_A_PROCESS)
+  with pool.serving(job, processes=worth) as (submit, done):
     waiting: dict[Any, int] = {submit(index, units[index], keys[index]): index for index in todo}
     while waiting:
       ready, _ = concurrent.futures.wait(waiting, timeout=0.2,

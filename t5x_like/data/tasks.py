@@ -15,8 +15,8 @@ import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NoReturn
 
-# TensorFlow is chatty, and must leave the accelerator to JAX.
-os.environ.setdefault('TF_CPP_MIN_LOG_LEVEL', '2')
+# Before TensorFlow is imported: it reports every accelerator it cannot use, and needs none.
+os.environ.setdefault('TF_CPP_MIN_LOG_LEVEL', '3')
 
 import numpy as np
 import seqio
@@ -24,6 +24,7 @@ import tensorflow as tf
 
 from t5x_like.data import seqio_vocabularies, textfiles, texttasks, vocabularies
 
+# The accelerator is JAX's: TensorFlow would take all of its memory.
 tf.config.set_visible_devices([], 'GPU')
 
 SEED = 42
@@ -60,7 +61,8 @@ class TextSource(seqio.DataSource):
     files, names = self.task.files(), list(self.task.source.keys)
 
     def read(index: np.ndarray) -> list[np.ndarray]:
-      texts = [d.texts for _, d in self.task.read([files[index]], split=split, skipped=[])]
+      part = textfiles.Part(files[index])
+      texts = [d.texts for _, d in self.task.read([part], split=split, skipped=[])]
       return [np.array([t[n].encode() for t in texts], object) for n in names]
 
     def load(index: tf.Tensor) -> tf.data.Dataset:
@@ -216,7 +218,8 @@ class SeqioTask:
       members = shards[index::count] if len(shards) > 1 else shards
       size = sum(os.path.getsize(s) for s in members if os.path.isfile(s)) or 1
       units.append(texttasks.Unit(tuple(names.get(s, s) for s in members),
-                                  size // (1 if len(shards) > 1 else count), (index, count)))
+                                  size // (1 if len(shards) > 1 else count), [index, count],
+                                  (index, count)))
     return units
 
   def documents(self, unit: texttasks.Unit, *, split: str, skipped: list[textfiles.Skipped]

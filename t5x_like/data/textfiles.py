@@ -4,26 +4,23 @@ A document is a whole text file, a line of a .jsonl file or a row of a .parquet 
 the order of their names below the folder, so moving the folder changes nothing.
 """
 
-import contextlib
 import dataclasses
 import difflib
 import fnmatch
+import functools
 import glob
-import gzip
 import hashlib
-import io
 import json
 import os
-import zlib
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any, BinaryIO, Literal, NamedTuple, cast
+from typing import Any, Literal, NamedTuple, cast
 
 import pyarrow
 import pyarrow.parquet
-import zstandard
+
+from t5x_like.data import packed
 
 EXTENSIONS = ('.txt', '.md', '.rst', '.py', '.jsonl', '.parquet')
-_PACKED = ('.gz', '.zst')
 _KINDS = {'.jsonl': 'jsonl', '.ndjson': 'jsonl', '.parquet': 'parquet', '.pq': 'parquet'}
 
 
@@ -33,6 +30,24 @@ class File(NamedTuple):
   path: str
   name: str
   bytes: int
+
+
+class Part(NamedTuple):
+  """Part of one input file: byte range of a .jsonl file, row groups of a .parquet file, or all.
+
+  Attributes:
+    file: the file.
+    start: first byte or row group.
+    stop: end of the range, None for that of the file.
+    first: number of lines or rows before it.
+    bytes: about how much of the file it is.
+  """
+
+  file: File
+  start: int = 0
+  stop: int | None = None
+  first: int = 0
+  bytes: int = 0
 
 
 class Document(NamedTuple):
@@ -125,7 +140,9 @@ class Text:
     if os.path.isfile(path):
       return os.path.dirname(path) or '.', [path]
     if os.path.isdir(path):
-      listed = [p for p in _walk(path) if self._wanted(p)]
+      listed = [p for p in _walk(path, exclude=self.exclude) if self._wanted(p)]
+      if not listed and self.exclude and any(self._wanted(p) for p in _walk(path)):
+        raise ValueError(f'every file of {given} is excluded by {list(self.exclude)}')
       if not listed:
         raise ValueError(f'no file in {given} ends in {", ".join(self.extensions)}: '
                          f'{_endings(path)}; set extensions')
@@ -135,19 +152,19 @@ class Text:
       raise ValueError(_missing(given, path))
     return _fixed_part(path), listed
 
-  def read(self, file: File, *, skipped: list[Skipped]) -> Iterator[Document]:
-    """Yields the documents of one file.
+  def read(self, part: Part, *, skipped: list[Skipped]) -> Iterator[Document]:
+    """Yields the documents of one file, or of a part of it.
 
     Args:
-      file: one of `files()`.
+      part: of one of `files()`.
       skipped: what is left out is appended here: empty files and, if errors is 'skip', others.
 
     Raises:
       ValueError: not UTF-8, malformed, truncated, or without the key; names file and line.
     """
-    kind = kind_of(file.path)
+    file, kind = part.file, kind_of(part.file.path)
     if kind != 'text':
-      rows = _jsonl(file, self.errors, skipped) if kind == 'jsonl' else _parquet(file, self.keys)
+      rows = _jsonl(part, self.errors, skipped) if kind == 'jsonl' else _parquet(part, self.keys)
       for position, record in rows:
         where = f'{file.path}:{position + 1}' if kind == 'jsonl' else f'{file.path}, row {position}'
         yield document({f: _text(record, key, where) for f, key in self.keys.items()}, position)
@@ -155,20 +172,77 @@ class Text:
     if len(self.keys) > 1:
       raise ValueError(f'{file.path} is one text, but the features {sorted(self.keys)} are wanted; '
                        f'give them as keys of .jsonl or .parquet files')
-    with _open(file.path) as stream:
+    with packed.open_file(file.path) as stream:
       data = stream.read()
     text = _decoded(data, file, where=f'{file.path}: byte ', errors=self.errors, skipped=skipped)
     if text is None:
       return
     if not text:
       skipped.append(Skipped(file.name, 'empty'))
-    parts = text.split(self.separator) if self.separator else [text]
-    for position, part in enumerate(parts):
-      if part:
-        yield document({next(iter(self.keys)): part}, position)
+    cut = text.split(self.separator) if self.separator else [text]
+    for position, piece in enumerate(cut):
+      if piece:
+        yield document({next(iter(self.keys)): piece}, position)
 
   def _wanted(self, path: str) -> bool:
     return _unpacked(path).endswith(tuple(e.lower() for e in self.extensions))
+
+
+def parts(file: File, *, size: float) -> list[Part]:
+  """Cuts a large .jsonl or .parquet file, so that several processes can read it.
+
+  Args:
+    file: one input file; any other kind stays whole.
+    size: bytes a part should have, about.
+
+  Raises:
+    ValueError: a file that cannot be read.
+  """
+  kind = kind_of(file.path)
+  if file.bytes > size and kind == 'jsonl' and not file.path.lower().endswith(packed.ENDINGS):
+    cuts = _line_cuts(file.path, int(size), (file.bytes, os.stat(file.path).st_mtime_ns))
+  elif file.bytes > size and kind == 'parquet':
+    cuts = _group_cuts(file.path, int(size))
+  else:
+    return [Part(file, bytes=file.bytes)]
+  ends: list[int | None] = [*(start for start, _, _ in cuts[1:]), None]
+  return [Part(file, start=start, stop=stop, first=first, bytes=count)
+          for (start, first, count), stop in zip(cuts, ends, strict=True)]
+
+
+@functools.lru_cache(maxsize=4096)
+def _line_cuts(path: str, size: int, stamp: tuple[int, int]) -> tuple[tuple[int, int, int], ...]:
+  """(first byte, lines before it, bytes) of runs of whole lines."""
+  del stamp  # Part of the cache's key only.
+  cuts, lines, offset, begun, line = [], 0, 0, 0, 0
+  with open(path, 'rb') as file:
+    while block := file.read(1 << 18):
+      cut = block.rfind(b'\n') + 1
+      if cut and offset + cut - begun >= size:
+        cuts.append((begun, line, offset + cut - begun))
+        begun, line = offset + cut, lines + block.count(b'\n')
+      lines += block.count(b'\n')
+      offset += len(block)
+  if begun < offset or not cuts:
+    cuts.append((begun, line, offset - begun))
+  return tuple(cuts)
+
+
+def _group_cuts(path: str, size: int) -> list[tuple[int, int, int]]:
+  """(first row group, rows before it, bytes) of runs of row groups."""
+  try:
+    found = pyarrow.parquet.read_metadata(path)
+  except (pyarrow.ArrowException, OSError) as error:
+    raise ValueError(f'{path} is not a readable parquet file: {error}') from None
+  cuts: list[tuple[int, int, int]] = []
+  begun, rows, row, held = 0, 0, 0, 0
+  for index in range(found.num_row_groups):
+    group = found.row_group(index)
+    if held and held + group.total_byte_size > size:
+      cuts.append((begun, row, held))
+      begun, row, held = index, rows, 0
+    rows, held = rows + group.num_rows, held + group.total_byte_size
+  return [*cuts, (begun, row, held)]
 
 
 def document(texts: dict[str, str], position: int) -> Document:
@@ -197,14 +271,19 @@ def kind_of(path: str) -> Literal['text', 'jsonl', 'parquet']:
 
 def _unpacked(path: str) -> str:
   name = os.path.basename(path).lower()
-  for packed in _PACKED:
-    name = name.removesuffix(packed)
+  for ending in packed.ENDINGS:
+    name = name.removesuffix(ending)
   return name
 
 
-def _walk(folder: str) -> Iterator[str]:
+def _walk(folder: str, *, exclude: Sequence[str] = ()) -> Iterator[str]:
+  # A folder is not entered if a pattern that ends in * leaves out all that could be below it.
+  whole = [p for p in exclude if p.endswith('*')]
   for root, folders, names in os.walk(folder):
-    folders[:] = [f for f in folders if not f.startswith('.') and f != '__pycache__']
+    below = os.path.relpath(root, folder).replace(os.sep, '/').removeprefix('.').lstrip('/')
+    folders[:] = [
+      f for f in folders if not f.startswith('.') and f != '__pycache__'
+      and not any(fnmatch.fnmatch(f'{below}/{f}/'.lstrip('/'), p) for p in whole)]
     yield from (os.path.join(root, n) for n in names
                 if not n.startswith('.') and os.path.isfile(os.path.join(root, n)))
 
@@ -234,51 +313,6 @@ def _missing(given: str, path: str) -> str:
   return f'there is no file or folder {given}{hint}'
 
 
-@contextlib.contextmanager
-def _open(path: str) -> Iterator[BinaryIO]:
-  try:
-    with open(path, 'rb') as raw:
-      if path.lower().endswith('.gz'):
-        yield cast(BinaryIO, gzip.GzipFile(fileobj=raw))
-      elif path.lower().endswith('.zst'):
-        yield io.BufferedReader(_Zstandard(raw), 1 << 20)
-      else:
-        yield raw
-  except gzip.BadGzipFile as error:
-    raise ValueError(f'{path} is not a gzip file: {error}') from None
-  except OSError as error:
-    raise ValueError(f'cannot read {path}: {error.strerror}') from None
-  except EOFError:
-    raise ValueError(f'{path} is truncated: its gzip data ends too early') from None
-  except (zlib.error, zstandard.ZstdError) as error:
-    raise ValueError(f'{path} is damaged: {error}') from None
-
-
-class _Zstandard(io.RawIOBase):
-  """Frames one after the other, ending in an error rather than quietly if the last is cut short."""
-
-  def __init__(self, raw: BinaryIO):
-    self._raw, self._pending = raw, b''
-    self._frame: Any = None  # The frame being read.
-
-  def readable(self) -> bool:
-    return True
-
-  def readinto(self, buffer: Any) -> int:
-    while not self._pending:
-      ended = self._frame is None or self._frame.eof
-      data = (self._frame.unused_data if self._frame and ended else b'') or self._raw.read(1 << 18)
-      if not data:
-        if not ended:
-          raise zstandard.ZstdError('its zstandard data ends too early')
-        return 0
-      frame: Any = zstandard.ZstdDecompressor().decompressobj() if ended else self._frame
-      self._frame, self._pending = frame, frame.decompress(data)
-    count = min(len(buffer), len(self._pending))
-    buffer[:count], self._pending = self._pending[:count], self._pending[count:]
-    return count
-
-
 def _decoded(data: bytes, file: File, *, where: str, errors: str, skipped: list[Skipped],
              offset: int = 0) -> str | None:
   try:
@@ -291,10 +325,14 @@ def _decoded(data: bytes, file: File, *, where: str, errors: str, skipped: list[
     raise ValueError(f"{reason}; convert the file, exclude it, or set errors='skip'") from None
 
 
-def _jsonl(file: File, errors: str, skipped: list[Skipped]) -> Iterator[tuple[int, Mapping]]:
-  offset, count = 0, 0
-  with _open(file.path) as stream:
-    for position, line in enumerate(stream):
+def _jsonl(part: Part, errors: str, skipped: list[Skipped]) -> Iterator[tuple[int, Mapping]]:
+  file, offset, count = part.file, part.start, 0
+  with packed.open_file(file.path) as stream:
+    if offset:
+      stream.seek(offset)
+    for position, line in enumerate(stream, part.first):
+      if part.stop is not None and offset >= part.stop:
+        break
       start, offset = offset, offset + len(line)
       text = _decoded(line, file, where=f'{file.path}:{position + 1}: byte ', errors=errors,
                       skipped=skipped, offset=start)
@@ -313,15 +351,18 @@ def _jsonl(file: File, errors: str, skipped: list[Skipped]) -> Iterator[tuple[in
     skipped.append(Skipped(file.name, 'empty'))
 
 
-def _parquet(file: File, keys: Mapping[str, str]) -> Iterator[tuple[int, Mapping]]:
+def _parquet(part: Part, keys: Mapping[str, str]) -> Iterator[tuple[int, Mapping]]:
+  file = part.file
   try:
     with pyarrow.parquet.ParquetFile(file.path) as table:
       known = table.schema_arrow.names
       for key in keys.values():
         if key not in known:
           raise ValueError(_no_key(key, known, file.path))
-      position = 0
-      for batch in table.iter_batches(batch_size=256, columns=sorted(set(keys.values()))):
+      position = part.first
+      groups = list(range(table.num_row_groups))[part.start:part.stop]
+      for batch in table.iter_batches(batch_size=256, row_groups=groups,
+                                      columns=sorted(set(keys.values()))):
         for record in batch.to_pylist():
           yield position, record
           position += 1

@@ -21,11 +21,13 @@ class Unit(NamedTuple):
   Attributes:
     names: names of its inputs, for its key and for messages.
     bytes: of its inputs, for the progress shown.
+    key: which part of the inputs it is; JSON-able.
     parts: whatever the task needs to read it; pickled.
   """
 
   names: tuple[str, ...]
   bytes: int
+  key: Any
   parts: Any
 
 
@@ -132,23 +134,26 @@ class TextTask:
 
   def units(self, split: str) -> list[Unit]:
     """Returns runs of files: how many depends on their sizes alone, not on who works on them."""
-    del split  # A document's split is known once it is read.
     files = self.files()
     size = min(max(sum(f.bytes for f in files) / 64, 1 << 20), 256 << 20)
-    runs: list[list[textfiles.File]] = [[]]
-    for file in files:
-      if runs[-1] and sum(f.bytes for f in runs[-1]) + file.bytes > size:
+    runs: list[list[textfiles.Part]] = [[]]
+    for part in (p for file in files for p in textfiles.parts(file, size=size)):
+      if runs[-1] and sum(p.bytes for p in runs[-1]) + part.bytes > size:
         runs.append([])
-      runs[-1].append(file)
-    return [Unit(tuple(f.name for f in run), sum(f.bytes for f in run), run) for run in runs]
+      runs[-1].append(part)
+    # Every split reads all files, but what it leaves out costs next to nothing.
+    held_out = self.validation_fraction
+    share = held_out if split == 'validation' else 1 - held_out
+    return [Unit(tuple(p.file.name for p in run), round(share * sum(p.bytes for p in run)),
+                 [(p.file.name, p.start, p.stop) for p in run], run) for run in runs]
 
-  def read(self, files: Iterable[textfiles.File], *, split: str, skipped: list[textfiles.Skipped]
+  def read(self, parts: Iterable[textfiles.Part], *, split: str, skipped: list[textfiles.Skipped]
            ) -> Iterator[tuple[textfiles.File, textfiles.Document]]:
     """Yields the documents of a split, as text."""
-    for file in files:
-      for document in self.source.read(file, skipped=skipped):
+    for part in parts:
+      for document in self.source.read(part, skipped=skipped):
         if textfiles.split_of(document.hash, self.validation_fraction) == split:
-          yield file, document
+          yield part.file, document
 
   def documents(self, unit: Unit, *, split: str, skipped: list[textfiles.Skipped]
                 ) -> Iterator[dict[str, Any]]:
@@ -179,7 +184,7 @@ class TextTask:
     share = math.ceil(sample_bytes / min(len(files), 8))
     for file in files:
       left = share
-      for _, document in self.read([file], split='train', skipped=[]):
+      for _, document in self.read([textfiles.Part(file)], split='train', skipped=[]):
         for text in document.texts.values():
           yield text[:left]
         left -= document.bytes

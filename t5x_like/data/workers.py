@@ -34,39 +34,76 @@ class Job(NamedTuple):
   features: dict[str, int]
 
 
-@contextlib.contextmanager
-def pool(job: Job, *, processes: int) -> Iterator[tuple[Submit, Callable[[], int]]]:
-  """Opens workers; gives a function that hands them a shard, and one for the bytes they have done.
+class Pool:
+  """Worker processes, started when first needed and kept for the stores that follow.
 
   Args:
-    job: what they work on.
-    processes: how many; up to 1 works in a thread of this one.
-
-  Raises:
-    RuntimeError: a worker died.
+    processes: how many; 1 works in a thread of this process.
   """
-  if processes <= 1:
-    here = _Worker(job, None)
-    with concurrent.futures.ThreadPoolExecutor(1) as threads:
-      try:
-        yield functools.partial(threads.submit, here.shard), lambda: here.bytes
-      finally:
-        threads.shutdown(cancel_futures=True)
-    return
-  # Spawned, since forking a process with threads (TensorFlow's, or JAX's) can hang it.
-  context = multiprocessing.get_context('spawn')
-  counter = context.Value('q', 0)
-  # Pickled here and not by the pool, which cannot say what is wrong when it fails to unpickle.
-  arguments = (pickle.dumps(job), counter)
-  with concurrent.futures.ProcessPoolExecutor(processes, mp_context=context, initializer=_start,
-                                              initargs=arguments) as workers:
+
+  def __init__(self, processes: int):
+    self.processes = processes
+    # Spawned, since forking a process with threads (TensorFlow's, or JAX's) can hang it.
+    self._context = multiprocessing.get_context('spawn')
+    self._counter: Any = None
+    self._workers: concurrent.futures.ProcessPoolExecutor | None = None
+
+  def __enter__(self) -> 'Pool':
+    return self
+
+  def __exit__(self, *_: object) -> None:
+    if self._workers is not None:
+      self._workers.shutdown(cancel_futures=True)
+
+  @contextlib.contextmanager
+  def serving(self, job: Job, *, processes: int) -> Iterator[tuple[Submit, Callable[[], int]]]:
+    """Gives a function that hands workers a shard, and one for the bytes they have done.
+
+    Args:
+      job: what they work on.
+      processes: how many are worth it; up to 1 works in a thread of this process.
+
+    Raises:
+      RuntimeError: a worker died.
+    """
+    if min(processes, self.processes) <= 1:
+      here = _Worker(job, None)
+      with concurrent.futures.ThreadPoolExecutor(1) as threads:
+        try:
+          yield functools.partial(threads.submit, here.shard), lambda: here.bytes
+        finally:
+          threads.shutdown(cancel_futures=True)
+      return
+    if self._workers is None:
+      self._counter = self._context.Value('q', 0)
+      self._workers = concurrent.futures.ProcessPoolExecutor(
+        self.processes, mp_context=self._context, initializer=_start, initargs=(self._counter,))
+    counter, before = self._counter, self._counter.value
+    # In a file and not an argument: it holds the vocabulary, and every worker reads it once.
+    path = os.path.join(job.directory, 'job.pickle')
+    with shards.atomic_file(path) as file:
+      file.write(pickle.dumps(job))
+    futures: list[concurrent.futures.Future[shards.ShardInfo]] = []
+
+    def submit(index: int, unit: Unit, key: str) -> 'concurrent.futures.Future[shards.ShardInfo]':
+      assert self._workers is not None
+      futures.append(self._workers.submit(_work, path, file.hash.hexdigest(), index, unit, key))
+      return futures[-1]
+
     try:
-      yield functools.partial(workers.submit, _work), lambda: counter.value
+      yield submit, lambda: counter.value - before
     except concurrent.futures.process.BrokenProcessPool:
       raise RuntimeError(f'a process preparing {job.task.name!r} died (out of memory?); run again '
                          f'to go on, perhaps with fewer processes') from None
+    except KeyboardInterrupt:
+      # Shards are whole or absent, so nothing is lost by not waiting for those under way.
+      for process in list(self._workers._processes.values()):
+        process.kill()
+      raise
     finally:
-      workers.shutdown(cancel_futures=True)
+      for future in futures:
+        future.cancel()
+      concurrent.futures.wait(futures)
 
 
 def read_skipped(directory: str, index: int) -> list[textfiles.Skipped]:
@@ -109,14 +146,14 @@ class _Worker:
 
 
 class _Process:
-  """What a worker process was started with; the job is read when the first shard comes."""
+  """What a worker process counts with, and the job it works on."""
 
-  job: bytes = b''
   counter: Any = None
-  worker: _Worker | None = None
+  identity: str = ''
+  worker: _Worker
 
 
-def _start(job: bytes, counter: Any) -> None:
+def _start(counter: Any) -> None:
   # Ctrl-C reaches the parent, which cancels; and no worker outlives a parent that was killed.
   signal.signal(signal.SIGINT, signal.SIG_IGN)
   parent = multiprocessing.parent_process()
@@ -127,12 +164,14 @@ def _start(job: bytes, counter: Any) -> None:
     os._exit(1)
 
   threading.Thread(target=watch, daemon=True).start()
-  _Process.job, _Process.counter = job, counter
+  _Process.counter = counter
 
 
-def _work(index: int, unit: Unit, key: str) -> shards.ShardInfo:
-  if _Process.worker is None:
-    _Process.worker = _Worker(pickle.loads(_Process.job), _Process.counter)
+def _work(path: str, identity: str, index: int, unit: Unit, key: str) -> shards.ShardInfo:
+  if _Process.identity != identity:
+    with open(path, 'rb') as file:
+      _Process.worker = _Worker(pickle.load(file), _Process.counter)
+    _Process.identity = identity
   return _Process.worker.shard(index, unit, key)
 
 
