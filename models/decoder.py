@@ -22,14 +22,18 @@ POLICIES = {
 }
 
 
+# Logits start near zero, so that the first steps do not have to undo a random guess.
+HEAD_SCALE = 0.1
+
+
 class Block(nnx.Module):
   """Attention and MLP around the residual stream."""
 
   def __init__(self, config: DecoderConfig, rngs: nnx.Rngs):
     self.config = config
-    # Branch outputs start at 1/sqrt(2 layers) so that the residual's variance does not grow with
-    # depth (GPT-2).
-    scale = (2 * config.layers) ** -0.5
+    # All 2 x layers branches together start as large as the embedding they are added to (GPT-2's
+    # 1/sqrt(2 layers)); larger, they would drown the token, which costs half the early learning.
+    scale = layers.embed_deviation(config) * (2 * config.layers) ** -0.5
     self.norm1 = layers.Norm(config)
     self.norm2 = layers.Norm(config) if config.block == 'serial' else None
     self.attention = attention.Attention(config, rngs, out_scale=scale)
@@ -81,7 +85,7 @@ class Decoder(nnx.Module):
     self.norm = layers.Norm(config)
     untied = config.embeddings == 'untied'
     self.head = layers.Dense(rngs, ins={'embed': config.embed}, outs={'vocab': config.vocab},
-                             bias='head' in config.biases) if untied else None
+                             bias='head' in config.biases, scale=HEAD_SCALE) if untied else None
 
   def __call__(self, inputs: Int[Array, 'B L'], *, positions: Int[Array, 'B L'] | None = None,
                segment_ids: Int[Array, 'B L'] | None = None,

@@ -124,6 +124,11 @@ class MLP(nnx.Module):
     return self.down(hidden, ('embed',))
 
 
+def embed_deviation(config: DecoderConfig) -> float:
+  """Deviation of the initial token table: 1, or 1/sqrt(embed) where it also gives the logits."""
+  return config.embed**-0.5 if config.embeddings == 'tied' else 1.0
+
+
 class Embed(nnx.Module):
   """Token table, read by gather on one device and by one-hot product where the table is split.
 
@@ -133,7 +138,7 @@ class Embed(nnx.Module):
 
   def __init__(self, config: DecoderConfig, rngs: nnx.Rngs):
     self.shape, self.dtype = (config.vocab, config.embed), jnp.dtype(config.dtype)
-    value = fan_in_init(rngs, self.shape, config.embed)
+    value = fan_in_init(rngs, self.shape, 1) * embed_deviation(config)
     self.embedding = param(value, ('vocab', 'embed'))
 
   def __call__(self, tokens: Int[Array, 'B L']) -> Float[Array, 'B L D']:

@@ -250,7 +250,7 @@ class _Loop:
       if hook.due(step, last=last):
         with book.phase('evaluation'):
           hook(self.outputs.run, step, train_state)
-    if self.checkpointer is not None and not last:
+    if self.checkpointer is not None and not last and step % self.checkpointer.every == 0:
       with book.phase('checkpoint'):
         self._save(step, train_state, force=False)
     self.outputs.speed.restart(at=time.perf_counter())

@@ -150,7 +150,7 @@ def test_dropout_needs_a_key_and_follows_it(batch):
   one, same, other = (apply(definition, params, batch, dropout_key=jax.random.key(i))
                       for i in (1, 1, 2))
   np.testing.assert_array_equal(one, same)
-  assert np.abs(one - other).max() > 0.1 and np.abs(one - plain).max() > 0.1
+  assert np.abs(one - other).max() > 0.02 and np.abs(one - plain).max() > 0.02
 
 
 def test_bfloat16_compute_keeps_float32_parameters_softmax_and_logits(batch):
@@ -159,7 +159,7 @@ def test_bfloat16_compute_keeps_float32_parameters_softmax_and_logits(batch):
   assert {x.dtype for x in jax.tree.leaves(params)} == {jnp.dtype('float32')}
   logits = apply(definition, params, batch)
   assert logits.dtype == jnp.float32
-  np.testing.assert_allclose(logits, apply(toy.model(), params, batch), atol=0.1)
+  np.testing.assert_allclose(logits, apply(toy.model(), params, batch), atol=0.02)
   text = str(jax.make_jaxpr(lambda p: apply(definition, p, batch))(params))
   exponentials = [line for line in text.splitlines() if '= exp ' in line]
   assert exponentials and all('f32' in line for line in exponentials)

@@ -22,9 +22,9 @@ class Descriptor:
     self.fd = -1
     self.fd = os.open(path, os.O_RDONLY | getattr(os, 'O_CLOEXEC', 0))
 
-  def __del__(self):
+  def __del__(self, close=os.close):  # Bound now: at exit the module may be gone before this.
     if self.fd >= 0:
-      os.close(self.fd)
+      close(self.fd)
 
 
 class Files:
