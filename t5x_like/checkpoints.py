@@ -44,9 +44,7 @@ class Checkpointer:
         raise ValueError(f'Checkpointer {name}={value}: allowed are integers from 1')
     if mode not in ('async', 'sync'):
       raise ValueError(f"Checkpointer mode={mode!r}: allowed are 'async' and 'sync'")
-    self.directory = epath.Path(directory)
-    if '://' not in str(directory):
-      self.directory = self.directory.expanduser().resolve()
+    self.directory = _absolute(directory)
     self.last_error: Exception | None = None
     self.every, self._keep, self._keep_every, self._mode = every, keep, keep_every, mode
     self._writer = ocp.AsyncCheckpointer(ocp.CompositeCheckpointHandler())
@@ -216,13 +214,17 @@ def load_params(path: epath.PathLike, abstract_params: Any, *, step: int | None 
   trees = {'params': ('params',), 'ema': ('ema',), 'evaluated': ('ema', 'params')}
   if which not in trees:
     raise ValueError(f'load_params which={which!r}: allowed are {", ".join(trees)}')
-  path = epath.Path(path)
+  path = _absolute(path)
   if path.name.isdigit() and step is None and _committed(path):
     path, step = path.parent, int(path.name)
   steps = _steps(path)
   if not steps:
     raise ValueError(f'no complete checkpoint in {path}; give the directory of the <step>/ folders')
   return _newest_good(path, steps, step, abstract_params, trees=trees[which])[1]
+
+
+def _absolute(path: epath.PathLike) -> epath.Path:
+  return epath.Path(path) if '://' in str(path) else epath.Path(path).expanduser().resolve()
 
 
 def _newest_good(directory: epath.Path, steps: list[int], step: int | None, abstract: Any, *,

@@ -301,6 +301,7 @@ def test_there_are_entry_points():
 
 # Every command that the documentation shows, as it is written there, and the test that runs it.
 _COMMANDS: dict[str, str] = {
+  './scripts/quickstart': 'tests/test_scripts.py::test_quickstart_from_a_folder_of_text',
   './scripts/test': '.ci/run runs it',
   './scripts/setup dev': 'tests/test_packaging.py::test_setup_refuses_another_python_clearly',
   './.ci/run': 'it is what runs the tests',
@@ -316,6 +317,8 @@ def _documented_commands() -> dict[str, str]:
       joined = block.replace('\\\n', ' ')
       for line in joined.splitlines():
         line = ' '.join(line.split(' #')[0].split())
+        if file.name == 'README.md' and line.startswith('python -m'):
+          continue  # tests/test_readme.py reads these there and runs them all.
         if line and not line.startswith('#'):
           found[line] = file.name
   return found
