@@ -12,6 +12,7 @@ assert _VERSION is not None
 # Named one by one: finding them would also ship gin/, scripts/ and tests/ as top-level packages.
 _PACKAGES = [
   'experiments',
+  'experiments.bench',
   'models',
   'partitioning',
   't5x_like',

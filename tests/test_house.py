@@ -49,7 +49,7 @@ _ONLY_IN = {
   'tensorflow': _SEQIO,
   'tensorflow_datasets': _SEQIO,
   'seqio': _SEQIO,
-  'torch': set(),
+  'torch': {'experiments/bench/torch_reference.py'},
   'transformers': set(),
 }
 
@@ -300,11 +300,15 @@ def test_there_are_entry_points():
 
 
 # Every command that the documentation shows, as it is written there, and the test that runs it.
+_BENCH = 'tests/test_experiments_bench.py::test_script_measures_the_data_from_anywhere'
 _COMMANDS: dict[str, str] = {
   './scripts/quickstart': 'tests/test_scripts.py::test_quickstart_from_a_folder_of_text',
   './scripts/test': '.ci/run runs it',
   './scripts/setup dev': 'tests/test_packaging.py::test_setup_refuses_another_python_clearly',
   './.ci/run': 'it is what runs the tests',
+  './scripts/bench': _BENCH,
+  './scripts/bench --quick': _BENCH,
+  './scripts/bench --only startup,step --out bench.json': _BENCH,
 }
 
 
