@@ -121,10 +121,11 @@ class Decoder(nnx.Module):
     """
     segments = jax.lax.dynamic_update_slice_in_dim(past.segments, segment_ids, past.index, 1)
     mask = attention.Mask(segment_ids, segments, past.index)
-    logits, (keys, values) = self._run(inputs, positions, mask, (past.key, past.value), None)
+    logits, stacked = self._run(inputs, positions, mask, (past.key, past.value), None)
+    keys, values = stacked
     return logits, cache.Cache(keys, values, segments, past.index + inputs.shape[1])
 
-  def _run(self, inputs, positions_BL, mask, cached, key):
+  def _run(self, inputs, positions_BL, mask, cached, key) -> tuple[jax.Array, Any]:
     config = self.config
     if positions_BL is None:
       positions_BL = jnp.broadcast_to(

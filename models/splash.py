@@ -4,6 +4,7 @@ Letters: B batch, L length, H query heads, G key/value heads, K head_dim.
 """
 
 import functools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -30,7 +31,8 @@ def _one_shard(q: jax.Array, k: jax.Array, v: jax.Array, segments: jax.Array | N
   ids = None if segments is None else kernel.SegmentIds(q=segments, kv=segments)
   axis = None if segments is None else kernel.SegmentIds(q=0, kv=0)  # pyright: ignore
   q, k, v = (x.transpose(0, 2, 1, 3) for x in (q, k, v))
-  return jax.vmap(run, in_axes=(0, 0, 0, axis))(q, k, v, ids).transpose(0, 2, 1, 3)
+  out: Any = jax.vmap(run, in_axes=(0, 0, 0, axis))(q, k, v, ids)
+  return out.transpose(0, 2, 1, 3)
 
 
 def attend(q: Float[Array, 'B L H K'], k: Float[Array, 'B L G K'], v: Float[Array, 'B L G K'],

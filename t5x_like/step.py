@@ -81,12 +81,13 @@ def place(loader: Loader, step: int, shapes: Mapping[str, jax.ShapeDtypeStruct]
                           {name: x.sharding for name, x in shapes.items()})
   first = next(iter(shapes.values()))
   indices = first.sharding.addressable_devices_indices_map(first.shape).values()
-  rows = sorted({row for index in indices for row in range(*index[0].indices(first.shape[0]))})
+  rows = sorted({row for index in indices if index is not None
+                 for row in range(*index[0].indices(first.shape[0]))})
   batch = loader.batch(step, rows=rows)
   _check_features(batch, shapes)
   local = {row: i for i, row in enumerate(rows)}
 
-  def pick(name: str, index: tuple[slice, ...]) -> np.ndarray:
+  def pick(name: str, index: Any) -> np.ndarray:
     wanted = [local[row] for row in range(*index[0].indices(first.shape[0]))]
     return batch[name][wanted][(slice(None), *index[1:])]
 
@@ -149,8 +150,7 @@ def make(structure: Structure, optimizer: optax.GradientTransformation, loss: lo
     params = optax.apply_updates(params, updates)
     new = {'params': params, 'opt_state': opt_state, 'step': step + 1}
     if ema is not None:
-      new['ema'] = jax.tree.map(lambda old, p: old * ema + p * (1 - ema),
-                                train_state['ema'], params)
+      new['ema'] = optax.incremental_update(params, train_state['ema'], 1 - ema)
     out = {name: total / jnp.maximum(w, 1e-9) for name, (total, w) in metrics.items()}
     out |= {'grad_norm': optax.tree.norm(grads), 'tokens': weight}
     rate = getattr(optimizer, 'learning_rate', None)

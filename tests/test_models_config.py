@@ -1,5 +1,7 @@
 """The decoder's configuration: errors by name, and counts that agree with the compiler."""
 
+from typing import Any
+
 import jax
 import pytest
 import toy
@@ -8,7 +10,7 @@ from flax import nnx
 from models.config import DecoderConfig
 from t5x_like import state
 
-GOOD = {'vocab': 64, 'embed': 16, 'layers': 2, 'heads': 4, 'mlp': 32}
+GOOD: dict[str, Any] = {'vocab': 64, 'embed': 16, 'layers': 2, 'heads': 4, 'mlp': 32}
 
 
 @pytest.mark.parametrize('change, text', [
@@ -48,6 +50,7 @@ def test_flops_agree_with_the_compilers_count():
     return described.module(params)(tokens).sum()
 
   cost = jax.jit(jax.grad(loss)).lower(described.shapes, tokens).compile().cost_analysis()
+  assert cost is not None
   config = definition.config
   # The plain kernel computes the masked half of the scores too.
   masked = 12 * config.layers * config.heads * config.width_of_head * (length - 1) / 2

@@ -1,5 +1,7 @@
 """The decoder: causal, blind across documents, and the same however it is executed."""
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -44,7 +46,7 @@ def test_a_logit_depends_on_its_own_document_and_past_alone(name, batch):
 
   def probe(embedded_shift, at):
     # Shifting one input's embedding must move only logits of the same document from there on.
-    module = nnx.merge(graphdef, params)
+    module: Any = nnx.merge(graphdef, params)
     inner = module.embed
     module.embed = lambda tokens: inner(tokens) + embedded_shift
     if module.head is None:

@@ -117,5 +117,6 @@ def test_killed_runs_end_bit_identical(tmp_path):
   optimizer = optim.adamw(learning_rate=schedules.constant(peak=1e-3))
   states = [checkpoints.Checkpointer(folder, every=1).restore(
       state.abstract(described, optimizer)) for folder in (whole, killed)]
+  assert states[0] is not None and states[1] is not None
   assert states[0][0] == states[1][0] == STEPS
   assert toy.tree_equal(states[0][1], states[1][1])

@@ -1,5 +1,8 @@
 """The train step: exact means, the same numbers on every mesh, in auto and in explicit mode."""
 
+import types
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -113,13 +116,13 @@ def test_dropout_follows_seed_and_step_and_the_average_follows_the_parameters():
 class Same(toy.Batches):
   """The same batch at every step."""
 
-  def batch(self, index, rows=None):
+  def batch(self, step, rows=None):
     return super().batch(0, rows)
 
 
 def test_reported_learning_rate_is_the_one_applied():
   definition = toy.model(layers=1)
-  optimizer = optim.sgd(learning_rate=lambda step: 0.1 / (1 + step), momentum=None,
+  optimizer = optim.sgd(learning_rate=lambda step: jnp.asarray(0.1 / (1 + step)), momentum=None,
                         weight_decay=0.0, clip_norm=None)
   _, found = toy.steps(toy.structure(definition), definition, 2, optimizer=optimizer)
   assert [m['learning_rate'] for m in found] == pytest.approx([0.1, 0.05])
@@ -168,6 +171,6 @@ def test_parameters_without_axes_and_other_variables_are_refused():
 
   mesh = mesh_lib.make_mesh(devices=1)
   for made, text in ((Bare, 'parameter w has no logical axes'), (Counting, 'not nnx.Param')):
-    definition = type('Definition', (), {'build': lambda self, rngs, made=made: made()})()
+    definition: Any = types.SimpleNamespace(build=lambda rngs, made=made: made())
     with pytest.raises(ValueError, match=text):
       state.describe(definition, mesh, rules.fsdp())

@@ -186,8 +186,8 @@ def test_twenty_steps_follow_the_golden_curve():
   optimizer = optim.adamw(learning_rate=3e-2)
 
   class Cycle(toy.Batches):
-    def batch(self, index, rows=None):
-      return super().batch(index % 2, rows)
+    def batch(self, step, rows=None):
+      return super().batch(step % 2, rows)
 
   _, found = toy.steps(toy.structure(definition), definition, 20, optimizer=optimizer,
                        loader=Cycle())

@@ -61,8 +61,8 @@ class Batches:
   def spec(self):
     return {name: (x.shape, x.dtype) for name, x in batch(self.rows, self.length).items()}
 
-  def batch(self, index, rows=None):
-    made = batch(self.rows, self.length, seed=index)
+  def batch(self, step, rows=None):
+    made = batch(self.rows, self.length, seed=step)
     return made if rows is None else {name: x[np.asarray(rows)] for name, x in made.items()}
 
 
