@@ -9,6 +9,7 @@ import textwrap
 import tomllib
 
 import pytest
+import toy
 
 from t5x_like import ginfiles
 
@@ -90,6 +91,26 @@ def test_entry_points_run_away_from_the_clone(installed, tmp_path):
       env={'PYTHONPATH': str(installed)},
     )
     assert done.returncode == 0 and f'python -m t5x_like.{entry.stem}' in done.stdout, done.stderr
+
+
+def test_training_runs_away_from_the_clone(installed, tmp_path):
+  (tmp_path / 'empty').mkdir()
+  stores = toy.write_store(str(tmp_path / 'stores'))
+  done = subprocess.run(
+    [sys.executable, '-m', 't5x_like.train']
+    + ['--gin_file=gin/runs/pretrain.gin', '--gin_file=models/decoder_tiny.gin']
+    + ['--gin.MODEL_DIR="run"', f'--gin.STORE_DIR="{stores}"', '--gin.SOURCES="toy"']
+    + ['--gin.TRAIN_STEPS=2', '--gin.WARMUP_STEPS=1', '--gin.LENGTH=16', '--gin.BATCH_SIZE=4']
+    + ['--gin.decode.Samples.new_tokens=3'],
+    capture_output=True,
+    text=True,
+    cwd=tmp_path / 'empty',
+    env={'PYTHONPATH': str(installed), 'JAX_PLATFORMS': 'cpu'},
+  )
+  assert done.returncode == 0, done.stderr[-3000:]
+  run = tmp_path / 'empty/run'
+  assert {'2', 'metrics.jsonl', 'evaluation.json', 'config.gin'} <= {p.name for p in run.iterdir()}
+  assert [p.name for p in run.parent.iterdir()] == ['run'] and 'step 2/2' in done.stderr
 
 
 def test_clone_finds_its_own_gin_files(monkeypatch, tmp_path):
