@@ -1,8 +1,10 @@
 """The notebooks run from top to bottom at toy size, and are kept without outputs."""
 
+import importlib.util
 import os
 import pathlib
 import re
+import subprocess
 import sysconfig
 
 import nbclient
@@ -27,6 +29,23 @@ def test_notebooks_are_kept_clean(path):
   # A reader is told what comes before it is done.
   kinds = [cell.cell_type for cell in notebook.cells]
   assert kinds[0] == 'markdown' and kinds.count('markdown') > len(kinds) // 2
+
+
+def test_the_quickstart_installs_a_clone_it_finds_and_asks_for_one_otherwise(tmp_path, monkeypatch):
+  notebook = nbformat.read(_ROOT / 'experiments/notebooks/quickstart.ipynb', as_version=4)
+  first = next(cell.source for cell in notebook.cells if cell.cell_type == 'code')
+  commands = []
+  monkeypatch.setattr(importlib.util, 'find_spec', lambda name: None)
+  monkeypatch.setattr(subprocess, 'run', lambda command, check: commands.append(command))
+  monkeypatch.chdir(_ROOT / 'experiments/notebooks')
+  exec(first, {})
+  (tmp_path / 'beside').symlink_to(_ROOT)
+  monkeypatch.chdir(tmp_path)
+  exec(first, {})
+  assert [command[-1] for command in commands] == [str(_ROOT), str(tmp_path / 'beside')]
+  (tmp_path / 'beside').unlink()
+  with pytest.raises(AssertionError, match='no clone of the repository in or around'):
+    exec(first, {})
 
 
 @pytest.fixture(scope='module')
