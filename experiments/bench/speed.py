@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import itertools
 import os
 import statistics
 import tempfile
@@ -129,7 +130,7 @@ def _step_rows(report: report_lib.Report, settings: report_lib.Settings, dtype: 
   report.add(f'{short} compile', bare.compile_seconds, 's')
   peak = machine.add_peak(report, settings, dtype=dtype, config=shape, when='before the step')
   report.progress(f'timing the {dtype} step')
-  times = bare.each(settings.scaled(60, 3))
+  times = bare.each(settings.scaled(40, 3))
   peak = max(peak, machine.add_peak(report, settings, dtype=dtype, config=shape,
                                     when='after the step'))
   best, median = min(times), statistics.median(times)
@@ -158,9 +159,11 @@ class Turns:
 
   def __init__(self, bare: Bare, *, updates: int):
     self._bare, self._updates = bare, updates
-    self._resumed: float | None = None
+    self._resumed: tuple[float, float] | None = None
     self.loop: list[float] = []
     self.alone: list[float] = []
+    self.loop_cpu: list[float] = []
+    self.alone_cpu: list[float] = []
 
   def due(self, step: int, *, last: bool) -> bool:
     """After every turn."""
@@ -170,22 +173,36 @@ class Turns:
   def __call__(self, run: Run, step: int, train_state: Mapping[str, Any]) -> None:
     """Ends a turn of the loop and takes one of the bare step."""
     del run, step, train_state
+    at, cpu = _now()
     if self._resumed is not None:  # The first turn holds the compilation.
-      self.loop.append(time.perf_counter() - self._resumed)
+      self.loop.append(at - self._resumed[0])
+      self.loop_cpu.append(cpu - self._resumed[1])
     self.alone.append(self._bare.chain(self._updates))
-    self._resumed = time.perf_counter()
+    self._resumed = _now()
+    self.alone_cpu.append(self._resumed[1] - cpu)
 
-  def ratios(self) -> list[float]:
-    """Returns per turn of the loop its time over the mean of the bare turns around it."""
-    around = [(a + b) / 2 for a, b in zip(self.alone, self.alone[1:], strict=False)]
-    return [loop / alone for loop, alone in zip(self.loop, around, strict=True)]
+
+def _now() -> tuple[float, float]:
+  """Returns the clock and the CPU time of all threads, in seconds."""
+  return time.perf_counter(), time.process_time()
+
+
+def over_neighbours(turns: Sequence[float], alone: Sequence[float]) -> list[float]:
+  """Returns each turn over the mean of the two around it, so that the machine's drift cancels.
+
+  Args:
+    turns: one measurement each.
+    alone: one more, measured before, between and after them.
+  """
+  around = [(a + b) / 2 for a, b in itertools.pairwise(alone)]
+  return [turn / mean for turn, mean in zip(turns, around, strict=True)]
 
 
 def measure_loop(report: report_lib.Report, settings: report_lib.Settings) -> None:
   """Adds the rows of the section 'loop'."""
   report.section('loop', about='t5x_like.train.train around the same step, reading a token store, '
                                'writing metrics.jsonl; no checkpoints, no evaluation')
-  updates, turns = settings.scaled(10, 2), settings.scaled(20, 2)
+  updates, turns = settings.scaled(8, 2), settings.scaled(20, 2)
   with tempfile.TemporaryDirectory(prefix='bench-') as folder:
     loader = open_loader(folder, settings, steps=updates * (turns + 1))
     for dtype in settings.dtypes:
@@ -204,7 +221,8 @@ def _loop_rows(report: report_lib.Report, settings: report_lib.Settings,
   train.train(model=parts.model, loader=loader, optimizer=parts.optimizer, loss=losses.next_token,
               mesh=parts.mesh, rules=parts.rules, steps=updates * (turns + 1), workdir=workdir,
               hooks=[hook], writers=['jsonl'])
-  ratios, tokens = hook.ratios(), settings.batch_size * settings.length * updates
+  ratios = over_neighbours(hook.loop, hook.alone)
+  tokens = settings.batch_size * settings.length * updates
   report.add(f'{short} bare step in its turns, median', _per_step(hook.alone, updates), 'ms')
   report.add(f'{short} update of the loop, median', _per_step(hook.loop, updates), 'ms')
   report.add(f'{short} tokens/s of the loop', tokens / statistics.median(hook.loop))
@@ -212,6 +230,9 @@ def _loop_rows(report: report_lib.Report, settings: report_lib.Settings,
   report.add(f'{short} overhead of the loop', 100 * (statistics.median(ratios) - 1), '%',
              note=f'median of {len(ratios)} turns of {updates} updates each; '
                   f'middle half {100 * (low - 1):+.1f} to {100 * (high - 1):+.1f} %')
+  spent = statistics.median(over_neighbours(hook.loop_cpu, hook.alone_cpu))
+  report.add(f'{short} overhead of the loop in CPU time', 100 * (spent - 1), '%',
+             note='of all threads: what other work on the machine disturbs least')
   ready = []
   for step in range(settings.scaled(50, 5)):
     start = time.perf_counter()
