@@ -54,6 +54,7 @@ def test_step_and_loop(tmp_path):
 def test_startup(tmp_path):
   rows, _ = _bench(tmp_path, '--only', 'startup')
   assert rows['startup', 'TensorFlow, seqio or PyTorch loaded by it'] == 'no'
+  assert 'tensorflow' not in str(rows['startup', 'TensorFlow or PyTorch loaded by a run'])
   first = rows['startup', 'launch to first finished update']
   assert rows['startup', '--help'] < rows['startup', 'import t5x_like.train'] < first
   early, whole = (rows['startup', f'peak RSS {name}']

@@ -7,6 +7,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from typing import Any
 
 from experiments.bench import report as report_lib
 from experiments.bench import stores
@@ -50,9 +51,12 @@ def measure(report: report_lib.Report, settings: report_lib.Settings) -> None:
     for number in range(times):
       report.progress(f'a run of a few updates from launch to end, {number + 1} of {times}')
       runs.append(_run(folder, os.path.join(folder, f'run-{number}'), settings))
-  first, early, whole = (statistics.median(column) for column in zip(*runs, strict=True))
+  first, early, whole = (statistics.median(run[name] for run in runs)
+                         for name in ('first', 'early', 'whole'))
   report.add('launch to first finished update', first, 's',
              note=f'median of {times}, compilation included; {settings.model} as in its gin file')
+  report.add('TensorFlow or PyTorch loaded by a run', ', '.join(runs[0]['heavy']) or 'no',
+             note='their libraries mapped by the process after its first update')
   report.add('peak RSS up to the first update', early / 2 ** 20, 'MiB')
   report.add('peak RSS of the whole run', whole / 2 ** 20, 'MiB',
              note='checkpoint, evaluation and samples included, as gin/runs/pretrain.gin has them')
@@ -65,8 +69,13 @@ def _output(command: list[str]) -> str:
   return done.stdout
 
 
-def _run(store_dir: str, workdir: str, settings: report_lib.Settings) -> tuple[float, float, float]:
-  """Returns seconds to the first finished update, peak bytes until then, peak bytes of the run."""
+def _run(store_dir: str, workdir: str, settings: report_lib.Settings) -> dict[str, Any]:
+  """Runs the trainer once.
+
+  Returns:
+    'first': seconds to the first finished update; 'early': peak bytes until then; 'whole': peak
+    bytes of the run; 'heavy': which libraries it has mapped that it should not need.
+  """
   values = {'MODEL_DIR': workdir, 'STORE_DIR': store_dir, 'SOURCES': _SOURCE}
   numbers = {'TRAIN_STEPS': 5, 'BATCH_SIZE': settings.batch_size, 'LENGTH': settings.length,
              'WARMUP_STEPS': 1}
@@ -79,21 +88,22 @@ def _run(store_dir: str, workdir: str, settings: report_lib.Settings) -> tuple[f
   with open(log, 'w', encoding='utf-8') as output:
     start = time.perf_counter()
     child = subprocess.Popen(command, stdout=output, stderr=output)
-    first = early = None
+    found: dict[str, Any] = {}
     while True:
       pid, status, usage = os.wait4(child.pid, os.WNOHANG)
       if pid:
         child.returncode = os.waitstatus_to_exitcode(status)
         break
-      if first is None and _has_line(metrics):
-        first, early = time.perf_counter() - start, _peak_rss(child.pid)
+      if not found and _has_line(metrics):
+        found = {'first': time.perf_counter() - start, 'early': _peak_rss(child.pid),
+                 'heavy': _heavy(child.pid)}
       if time.perf_counter() - start > _TIMEOUT_SECONDS:
         child.kill()
       time.sleep(_POLL_SECONDS)
-  if child.returncode or first is None or early is None:
+  if child.returncode or not found:
     with open(log, encoding='utf-8') as file:
       raise RuntimeError(f'the run ended with status {child.returncode}:\n{file.read()[-2000:]}')
-  return first, early, 1024.0 * usage.ru_maxrss
+  return {**found, 'whole': 1024.0 * usage.ru_maxrss}
 
 
 def _has_line(path: str) -> bool:
@@ -106,3 +116,9 @@ def _has_line(path: str) -> bool:
 def _peak_rss(pid: int) -> float:
   with open(f'/proc/{pid}/status', encoding='utf-8') as file:
     return next(1024.0 * int(line.split()[1]) for line in file if line.startswith('VmHWM'))
+
+
+def _heavy(pid: int) -> list[str]:
+  with open(f'/proc/{pid}/maps', encoding='utf-8', errors='replace') as file:
+    mapped = file.read()
+  return [name for name in ('tensorflow', 'torch') if f'/{name}/' in mapped]
