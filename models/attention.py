@@ -55,14 +55,47 @@ def reference(q: Float[Array, 'B L H K'], k: Float[Array, 'B S G K'], v: Float[A
   repeat = heads // groups
   q = q.reshape(batch, length, groups, repeat, width).transpose(0, 2, 3, 1, 4)
   k, v = k.transpose(0, 2, 1, 3), v.transpose(0, 2, 1, 3)
-  scores = jnp.einsum('bgrlk,bgsk->bgrls', q, k).astype(jnp.float32)
+  bias = None
   if slopes is not None:
-    scores = scores + alibi_bias(mask, length, keys, slopes).reshape(
-        1, groups, repeat, length, keys)
-  scores = jnp.where(mask.dense(length, keys)[:, :, None], scores, MASKED)
-  weights = jax.nn.softmax(scores, -1).astype(q.dtype)
-  out = jnp.einsum('bgrls,bgsk->bgrlk', weights, v)
+    bias = alibi_bias(mask, length, keys, slopes).reshape(1, groups, repeat, length, keys)
+  out = weighted(q, k, v, mask.dense(length, keys)[:, :, None], bias)
   return out.transpose(0, 3, 1, 2, 4).reshape(batch, length, heads, width)
+
+
+@jax.custom_vjp
+def weighted(q: Float[Array, 'B G R L K'], k: Float[Array, 'B G S K'], v: Float[Array, 'B G S K'],
+             allowed: Bool[Array, '#B 1 1 L S'], bias: Float[Array, '1 G R L S'] | None
+             ) -> Float[Array, 'B G R L K']:
+  """softmax(q k + bias) v with float32 scores; its backward pass keeps the weights alone.
+
+  Differentiated by rule (Dao et al. 2022, arXiv:2205.14135, appendix B.2) rather than by tracing:
+  scores, exponentials and masks need not be kept, and every product has one contracting dimension.
+  The bias gets no gradient.
+  """
+  return _weighted_forward(q, k, v, allowed, bias)[0]
+
+
+def _weighted_forward(q, k, v, allowed, bias):
+  scores = jnp.einsum('bgrlk,bgsk->bgrls', q, k).astype(jnp.float32)
+  if bias is not None:
+    scores = scores + bias
+  weights = jax.nn.softmax(jnp.where(allowed, scores, MASKED), -1).astype(q.dtype)
+  out = jnp.einsum('bgrls,bgsk->bgrlk', weights, v)
+  return out, (q, k, v, weights, out)
+
+
+def _weighted_backward(kept, grad):
+  q, k, v, weights, out = kept
+  grad_v = jnp.einsum('bgrls,bgrlk->bgsk', weights, grad)
+  grad_weights = jnp.einsum('bgrlk,bgsk->bgrls', grad, v).astype(jnp.float32)
+  mean = jnp.sum(grad.astype(jnp.float32) * out.astype(jnp.float32), -1, keepdims=True)
+  grad_scores = (weights.astype(jnp.float32) * (grad_weights - mean)).astype(q.dtype)
+  grad_q = jnp.einsum('bgrls,bgsk->bgrlk', grad_scores, k)
+  grad_k = jnp.einsum('bgrls,bgrlk->bgsk', grad_scores, q)
+  return grad_q, grad_k, grad_v, None, None
+
+
+weighted.defvjp(_weighted_forward, _weighted_backward)
 
 
 def alibi_bias(mask: Mask, length: int, keys: int, slopes: Float[Array, ' H']

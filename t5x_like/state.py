@@ -19,6 +19,9 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from partitioning import rules as rules_lib
 
 
+QUICK_INIT = 30_000_000  # parameters up to which compiling costs more than drawing
+
+
 class Model(Protocol):
   """What a run needs of a model: how to build its module. See `models.decoder.DecoderLM`."""
 
@@ -189,8 +192,12 @@ def initial(model: Model, structure: Structure, optimizer: optax.GradientTransfo
              'step': jnp.zeros((), jnp.int32)}
     return {**state, 'ema': params} if ema else state
 
+  # LLVM takes seven times as long to optimise the random draws of a small model as they take
+  # unoptimised; the values are the same.
+  small = sum(x.size for x in jax.tree.leaves(structure.shapes)) < QUICK_INIT
+  quick = {'xla_backend_optimization_level': 0} if jax.default_backend() == 'cpu' and small else {}
   with jax.set_mesh(structure.mesh), rules_lib.use(structure.rules):
-    return jax.jit(init, out_shardings=wanted)()
+    return jax.jit(init, out_shardings=wanted).lower().compile(compiler_options=quick)()
 
 
 def check_names(wanted: dict[str, Any], found: dict[str, Any], *, what: str) -> None:

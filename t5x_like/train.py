@@ -8,6 +8,7 @@ if __name__ == '__main__':  # Before the slow imports: flags are answered at onc
   sys.exit(config.run('t5x_like.train.train'))
 
 import base64
+import concurrent.futures as futures
 import contextlib
 import os
 import signal
@@ -76,7 +77,9 @@ def train(*, model: state_lib.Model, loader: step_lib.Loader,
   book = ledger.Ledger(
       os.path.join(workdir, 'ledger.jsonl') if jax.process_index() == 0 else None,
       started=ledger.process_start())
-  with book, checkpointer or contextlib.nullcontext():
+  with book, checkpointer or contextlib.nullcontext(), _background() as background:
+    # The step compiles while the state is drawn or restored.
+    compiling = background.submit(lambda: plan.lower().compile())
     start, train_state = _start(plan, checkpointer, initial, data_change)
     book.resume(start)
     if jax.process_index() == 0:
@@ -84,7 +87,7 @@ def train(*, model: state_lib.Model, loader: step_lib.Loader,
       preview.write_model_info(plan.structure, workdir)
     outputs = _Outputs(plan, workdir, steps, start, book, writers)
     with outputs:
-      loop = _Loop(plan, outputs, checkpointer, hooks, log_every)
+      loop = _Loop(plan, compiling, outputs, checkpointer, hooks, log_every)
       train_state, last = loop.run(train_state, start, steps, book)
     summary = book.summary()
   done = int(train_state['step'])
@@ -93,6 +96,10 @@ def train(*, model: state_lib.Model, loader: step_lib.Loader,
           file=sys.stderr, flush=True)
     raise SystemExit(STOPPED)
   return {'step': done, 'loss': last.get('loss'), 'metrics': last, 'ledger': summary.as_dict()}
+
+
+def _background() -> futures.ThreadPoolExecutor:
+  return futures.ThreadPoolExecutor(1, thread_name_prefix='compile')
 
 
 class _Plan:
@@ -197,10 +204,11 @@ class _Outputs:
 class _Loop:
   """The loop itself: the metrics of an update are read while the next one runs."""
 
-  def __init__(self, plan: _Plan, outputs: _Outputs,
+  def __init__(self, plan: _Plan, compiling: futures.Future, outputs: _Outputs,
                checkpointer: checkpoints.Checkpointer | None, hooks: Sequence[Hook],
                log_every: int):
     self.plan, self.outputs, self.checkpointer = plan, outputs, checkpointer
+    self.compiling = compiling
     self.hooks, self.log_every = hooks, log_every
     self.stop = threading.Event()
     self.last: dict[str, float] = {}
@@ -218,7 +226,7 @@ class _Loop:
       for step in range(start, steps):
         if compiled is None:
           with book.phase('compile'):
-            compiled = plan.lower().compile()
+            compiled = self.compiling.result()
         with book.phase('data'):
           batch = next(batches)
         with book.phase('productive'):
