@@ -61,9 +61,11 @@ def _rows(report: report_lib.Report, settings: report_lib.Settings, bare: speed.
                   f'best {1e3 * min(theirs["times"]):.1f} ms of {len(theirs["times"])}')
   report.add(f'{short} PyTorch tokens/s', tokens / theirs['median'])
   report.add(f'{short} PyTorch matmul peak', theirs['peak'] / 1e9, 'GFLOP/s')
-  report.add(f'{short} our step, median', 1e3 * ours, 'ms', note='before and after PyTorch')
+  report.add(f'{short} our step, median', 1e3 * ours, 'ms',
+             note=f'before and after PyTorch; best {1e3 * min(times):.1f} ms of {len(times)}')
   report.add(f'{short} our tokens/s', tokens / ours)
-  report.add(f'{short} our speed over PyTorch\'s', theirs['median'] / ours, 'x')
+  report.add(f'{short} our speed over PyTorch\'s', theirs['median'] / ours, 'x',
+             note=f'median steps; best steps {min(theirs["times"]) / min(times):.2f} x')
 
 
 def unlike(config: Any) -> str | None:
