@@ -1,10 +1,12 @@
 """Where a run's numbers go, and how its speed is counted."""
 
 import collections
+import contextlib
 import importlib
 import math
 import os
-from collections.abc import Iterable, Mapping, Sequence
+import sys
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, Protocol
 
 import numpy as np
@@ -166,6 +168,20 @@ def _optional(module: str, *, extra: str, purpose: str) -> Any:
                      'out.') from error
 
 
+@contextlib.contextmanager
+def _without(module: str) -> Iterator[None]:
+  """Keeps a package from being imported: tensorboardX takes torch along where it finds it (2 s,
+  400 MB), for tensors that are never written here."""
+  if module in sys.modules:
+    yield
+    return
+  sys.modules[module] = None  # pyright: ignore[reportArgumentType]
+  try:
+    yield
+  finally:
+    del sys.modules[module]
+
+
 class TensorBoard:
   """Writes TensorBoard event files through tensorboardX.
 
@@ -175,7 +191,8 @@ class TensorBoard:
   """
 
   def __init__(self, directory: str, *, step: int = 0):
-    module = _optional('tensorboardX', extra='tensorboard', purpose='the TensorBoard writer')
+    with _without('torch'):
+      module = _optional('tensorboardX', extra='tensorboard', purpose='the TensorBoard writer')
     self._summary = _optional('tensorboardX.proto.summary_pb2', extra='tensorboard',
                               purpose='the TensorBoard writer').Summary
     # A short queue, the default, makes the training loop wait for the disk.

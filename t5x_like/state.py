@@ -18,7 +18,6 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from partitioning import rules as rules_lib
 
-
 QUICK_INIT = 30_000_000  # parameters up to which compiling costs more than drawing
 
 
