@@ -20,8 +20,8 @@ _REFUSED = {
     ["{u} has no 'adamm'; did you mean 'adamw'?"],
   ),
   'module not imported': (
-    ['--gin.STEPS=7', '--gin.optim.adamw.b2=1'],
-    ["'optim' (in optim.adamw) is not imported"],
+    ['--gin.STEPS=7', '--gin.nowhere.adamw.b2=1'],
+    ["'nowhere' (in nowhere.adamw) is not imported"],
   ),
   'misspelt reference': (
     ['--gin.STEPS=7', '--gin.{u}.train.optimizer=@{u}.lionn()'],
