@@ -194,7 +194,9 @@ def initial(model: Model, structure: Structure, optimizer: optax.GradientTransfo
   # LLVM takes seven times as long to optimise the random draws of a small model as they take
   # unoptimised; the values are the same.
   small = sum(x.size for x in jax.tree.leaves(structure.shapes)) < QUICK_INIT
-  quick = {'xla_backend_optimization_level': 0} if jax.default_backend() == 'cpu' and small else {}
+  quick: dict[str, Any] = {}
+  if jax.default_backend() == 'cpu' and small:
+    quick['xla_backend_optimization_level'] = 0
   with jax.set_mesh(structure.mesh), rules_lib.use(structure.rules):
     return jax.jit(init, out_shardings=wanted).lower().compile(compiler_options=quick)()
 
