@@ -166,13 +166,16 @@ class _Outputs:
     self.devices = plan.structure.mesh.size
     cost = getattr(plan.model, 'flops_per_token', None)
     self.flops_per_token = cost(plan.length) if cost else None
+    self.dtype = getattr(getattr(plan.model, 'config', None), 'dtype', 'float32')
     self.peak = None
-    if self.flops_per_token and main:
-      dtype = getattr(getattr(plan.model, 'config', None), 'dtype', 'float32')
-      self.peak = hardware.peak_flops(dtype='float32' if dtype == 'float32' else 'bfloat16')
+    self.speed = metrics.Throughput()
+
+  def find_peak(self) -> None:
+    """Finds what MFU is relative to; where that is measured, nothing else may be running."""
+    if self.flops_per_token and jax.process_index() == 0:
+      self.peak = hardware.peak_flops(dtype='float32' if self.dtype == 'float32' else 'bfloat16')
       self.progress.message(hardware.mfu_text(
           flops_per_token=self.flops_per_token, peak=self.peak, devices=self.devices))
-    self.speed = metrics.Throughput()
 
   def ready(self, step: int, values: dict[str, float], *, log: bool) -> None:
     """Takes the metrics of an update whose result has arrived.
@@ -227,6 +230,7 @@ class _Loop:
         if compiled is None:
           with book.phase('compile'):
             compiled = self.compiling.result()
+            self.outputs.find_peak()
         with book.phase('data'):
           batch = next(batches)
         with book.phase('productive'):
