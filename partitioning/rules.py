@@ -233,8 +233,35 @@ def project(x: jax.Array, w: jax.Array, axes: tuple[str, ...]) -> jax.Array:
     return jax.numpy.einsum('...d,df->...f', x, w, out_sharding=out)
   if active is not None and x.ndim > 2 and _length_is_split(*active):
     return jax.numpy.einsum('...d,df->...f', x, w)
-  flat = jax.lax.dot(x.reshape(-1, x.shape[-1]), w)
+  dot = _wide_dot if w.shape[-1] >= _WIDE else jax.lax.dot
+  flat = dot(x.reshape(-1, x.shape[-1]), w)
   return flat.reshape(*x.shape[:-1], w.shape[-1])
+
+
+# XLA's CPU backend of jax 0.10 multiplies a transposed left side with a wide right side at half the
+# speed of the same product with the transpose written out (49 against 26 ms for 1024 tokens, 256
+# dims, 8192 columns); that of jax 0.12 takes both alike.
+_WIDE = 4096
+
+
+@jax.custom_vjp
+def _wide_dot(x: jax.Array, w: jax.Array) -> jax.Array:
+  return jax.lax.dot(x, w)
+
+
+def _wide_dot_forward(x: jax.Array, w: jax.Array) -> tuple[jax.Array, Any]:
+  return jax.lax.dot(x, w), (x, w)
+
+
+def _wide_dot_backward(kept: Any, g: jax.Array) -> tuple[jax.Array, jax.Array]:
+  x, w = kept
+  dw = jax.lax.platform_dependent(
+      x, g, cpu=lambda x, g: jax.lax.dot(jax.lax.optimization_barrier(x.T), g),
+      default=lambda x, g: jax.lax.dot(x.T, g))
+  return jax.lax.dot(g, w.T), dw
+
+
+_wide_dot.defvjp(_wide_dot_forward, _wide_dot_backward)
 
 
 def _length_is_split(rules: Rules, mesh: Any) -> bool:
