@@ -112,7 +112,7 @@ def test_quickstart_says_what_to_do_about_too_little_text(venv, tmp_path):
   done = _quickstart(venv, tmp_path, '--text', 'notes', '--out', 'run')
   assert done.returncode == 2 and '3/5' not in done.stderr
   assert 'cannot train a vocabulary of 4096 pieces on 16 characters' in done.stderr
-  assert '--vocab and --separator' in done.stderr.splitlines()[-1]
+  assert '--vocab, --separator and --errors' in done.stderr.splitlines()[-1]
 
 
 def test_quickstart_cuts_one_file_where_told_and_hands_flags_to_the_training(venv, tmp_path):
@@ -127,8 +127,22 @@ def test_quickstart_cuts_one_file_where_told_and_hands_flags_to_the_training(ven
   assert '5/5' not in done.stderr and os.listdir(tmp_path / 'a run') == ['baselines.log']
 
 
+def test_quickstart_leaves_files_out_that_are_not_utf8_if_told(venv, tmp_path):
+  (tmp_path / 'notes').mkdir()
+  for i in range(40):
+    (tmp_path / f'notes/{i}.txt').write_text(f'Entry {i}: ' + 'the sea and the wind, ' * (i % 7 + 1))
+  (tmp_path / 'notes/bad.txt').write_bytes(b'caf\xe9')
+  flags = ('--text', 'notes', '--out', 'run', '--vocab', '300', '--gin.LENGHT=16')
+  done = _quickstart(venv, tmp_path, *flags)
+  assert 'notes/bad.txt' in done.stderr and "errors='skip'" in done.stderr
+  done = _quickstart(venv, tmp_path, *flags, '--errors', 'skip')
+  counts = [int(n) for n in re.findall(r'built in .*: (\d+) documents', done.stderr)]
+  assert sum(counts) == 40 and "did you mean 'LENGTH'" in done.stderr
+
+
 def test_quickstart_explains_itself():
   done = subprocess.run([_ROOT / 'scripts/quickstart', '--help'], capture_output=True, text=True)
   assert done.returncode == 0
-  for option in ('--text DIR', '--out DIR', '--steps N', '--vocab N', '--separator TEXT', '--gin'):
+  for option in ('--text DIR', '--out DIR', '--steps N', '--vocab N', '--separator TEXT', '--errors skip',
+                 '--gin'):
     assert option in done.stdout
