@@ -14,6 +14,7 @@ _PACKAGES = [
   'experiments',
   'experiments.bench',
   'models',
+  'models.hf',
   'partitioning',
   't5x_like',
   't5x_like.data',

@@ -5,6 +5,8 @@ K head_dim, D embed.
 """
 
 import dataclasses
+import functools
+from typing import Literal
 
 import jax
 import jax.numpy as jnp
@@ -26,73 +28,116 @@ class Mask:
     queries: [B, L] int32 segment of each query, or None for one segment.
     keys: [B, S] int32 segment of each key, or None.
     offset: slot of the first query among the keys: a python int, or [] int32 while decoding.
+    order: 'causal' hides later slots; 'any' hides none.
+    window: slots a query sees, its own included; None: all.
+    windowed: whether the window holds: a python bool, or [] bool where layers of both kinds are
+      scanned over.
   """
 
   queries: Int[Array, 'B L'] | None
   keys: Int[Array, 'B S'] | None
   offset: int | Int[Array, ''] = 0
+  order: Literal['causal', 'any'] = 'causal'
+  window: int | None = None
+  windowed: bool | Bool[Array, ''] = False
 
-  def dense(self, length: int, keys: int) -> Bool[Array, 'B 1 L S']:
-    """The mask as booleans: causal, and within one segment."""
-    q_slot = jnp.arange(length, dtype=jnp.int32)[:, None] + self.offset
-    allowed = (q_slot >= jnp.arange(keys, dtype=jnp.int32)[None, :])[None, None]
+  def dense(self, length: int, keys: int) -> Bool[Array, '#B 1 L S']:
+    """The mask as booleans: the order, the window, and within one segment."""
+    ahead = (jnp.arange(length, dtype=jnp.int32)[:, None] + self.offset
+             - jnp.arange(keys, dtype=jnp.int32)[None, :])
+    allowed = ahead >= 0 if self.order == 'causal' else jnp.ones((length, keys), bool)
+    if self.window is not None and self.windowed is not False:
+      near = jnp.abs(ahead) < self.window
+      allowed &= near if self.windowed is True else near | ~jnp.asarray(self.windowed)
+    allowed = allowed[None, None]
     if self.queries is None or self.keys is None:
       return allowed
     return allowed & (self.queries[:, None, :, None] == self.keys[:, None, None, :])
 
+  @property
+  def plain(self) -> bool:
+    """Whether it is no more than causal over a row, perhaps with a fixed window."""
+    return (self.queries is None and self.order == 'causal' and isinstance(self.offset, int)
+            and self.offset == 0 and isinstance(self.windowed, bool))
+
+  @property
+  def fixed_window(self) -> int | None:
+    """The window, where it is known to hold."""
+    return self.window if self.windowed is True else None
+
 
 def reference(q: Float[Array, 'B L H K'], k: Float[Array, 'B S G K'], v: Float[Array, 'B S G K'],
-              mask: Mask, slopes: Float[Array, ' H'] | None) -> Float[Array, 'B L H K']:
+              mask: Mask, bias: Float[Array, '#B H L S'] | None, *, softcap: float | None = None
+              ) -> Float[Array, 'B L H K']:
   """Plain softmax attention with float32 scores, heads leading so every product is canonical.
 
   Args:
     q: queries, already scaled.
+    k: keys.
+    v: values.
     mask: causal and segment structure.
-    slopes: ALiBi slope per head, or None.
+    bias: added to the scores, or None.
+    softcap: cap of tanh soft capping of the scores, before the bias; None: uncapped.
   """
   batch, length, heads, width = q.shape
   keys, groups = k.shape[1], k.shape[2]
   repeat = heads // groups
   q = q.reshape(batch, length, groups, repeat, width).transpose(0, 2, 3, 1, 4)
   k, v = k.transpose(0, 2, 1, 3), v.transpose(0, 2, 1, 3)
-  bias = None
-  if slopes is not None:
-    bias = alibi_bias(mask, length, keys, slopes).reshape(1, groups, repeat, length, keys)
-  out = weighted(q, k, v, mask.dense(length, keys)[:, :, None], bias)
+  if bias is not None:
+    bias = bias.reshape(bias.shape[0], groups, repeat, length, keys)
+  out = weighted((q, k, v), mask.dense(length, keys)[:, :, None], bias, softcap)
   return out.transpose(0, 3, 1, 2, 4).reshape(batch, length, heads, width)
 
 
-@jax.custom_vjp
-def weighted(q: Float[Array, 'B G R L K'], k: Float[Array, 'B G S K'], v: Float[Array, 'B G S K'],
-             allowed: Bool[Array, '#B 1 1 L S'], bias: Float[Array, '1 G R L S'] | None
+@functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
+def weighted(qkv: tuple[jax.Array, jax.Array, jax.Array], allowed: Bool[Array, '#B 1 1 L S'],
+             bias: Float[Array, '#B G R L S'] | None, softcap: float | None
              ) -> Float[Array, 'B G R L K']:
-  """softmax(q k + bias) v with float32 scores; its backward pass keeps the weights alone.
+  """softmax(cap(q k) + bias) v with float32 scores; its backward pass keeps the weights alone.
 
   Differentiated by rule (Dao et al. 2022, arXiv:2205.14135, appendix B.2) rather than by tracing:
   scores, exponentials and masks need not be kept, and every product has one contracting dimension.
-  The bias gets no gradient.
+  Scores are computed again only where they are capped.
+
+  Args:
+    qkv: queries [B, G, R, L, K], keys and values [B, G, S, K].
+    allowed: who may attend to whom.
+    bias: added to the scores, or None.
+    softcap: cap of the scores, or None.
   """
-  return _weighted_forward(q, k, v, allowed, bias)[0]
+  return _weighted_forward(qkv, allowed, bias, softcap)[0]
 
 
-def _weighted_forward(q, k, v, allowed, bias):
+def _weighted_forward(qkv, allowed, bias, softcap):
+  q, k, v = qkv
   scores = jnp.einsum('bgrlk,bgsk->bgrls', q, k).astype(jnp.float32)
+  if softcap is not None:
+    scores = jnp.tanh(scores / softcap) * softcap
   if bias is not None:
     scores = scores + bias
   weights = jax.nn.softmax(jnp.where(allowed, scores, MASKED), -1).astype(q.dtype)
   out = jnp.einsum('bgrls,bgsk->bgrlk', weights, v)
-  return out, (q, k, v, weights, out)
+  return out, (q, k, v, weights, out, bias)
 
 
-def _weighted_backward(kept, grad):
-  q, k, v, weights, out = kept
+def _weighted_backward(softcap, kept, grad):
+  q, k, v, weights, out, bias = kept
   grad_v = jnp.einsum('bgrls,bgrlk->bgsk', weights, grad)
   grad_weights = jnp.einsum('bgrlk,bgsk->bgrls', grad, v).astype(jnp.float32)
   mean = jnp.sum(grad.astype(jnp.float32) * out.astype(jnp.float32), -1, keepdims=True)
-  grad_scores = (weights.astype(jnp.float32) * (grad_weights - mean)).astype(q.dtype)
+  grad_scores = weights.astype(jnp.float32) * (grad_weights - mean)
+  grad_bias = None
+  if bias is not None:
+    over = tuple(i for i, size in enumerate(bias.shape) if size == 1)
+    grad_bias = jnp.sum(grad_scores, over, keepdims=True).astype(bias.dtype)
+  if softcap is not None:
+    scores = jnp.einsum('bgrlk,bgsk->bgrls', q, k).astype(jnp.float32)
+    grad_scores = grad_scores * (1 - jnp.square(jnp.tanh(scores / softcap)))
+  grad_scores = grad_scores.astype(q.dtype)
   grad_q = jnp.einsum('bgrls,bgsk->bgrlk', grad_scores, k)
   grad_k = jnp.einsum('bgrls,bgrlk->bgsk', grad_scores, q)
-  return grad_q, grad_k, grad_v, None, None
+  return (grad_q, grad_k, grad_v), None, grad_bias
 
 
 weighted.defvjp(_weighted_forward, _weighted_backward)
@@ -106,43 +151,61 @@ def alibi_bias(mask: Mask, length: int, keys: int, slopes: Float[Array, ' H']
   return slopes.reshape(1, -1, 1, 1) * distance[None, None]
 
 
-def choose(kernel: Kernel, *, length: int, keys: int) -> Kernel:
+def choose(kernel: Kernel, *, length: int, keys: int, mask: Mask, bias: bool = False,
+           softcap: float | None = None) -> Kernel:
   """The kernel 'auto' stands for: splash on TPU for whole tiles, cuDNN's on GPU, else reference."""
   if kernel != 'auto':
     return kernel
   backend = jax.default_backend()
-  if backend == 'tpu' and length == keys and length % 128 == 0:
-    return 'splash'
-  return 'dot_product' if backend == 'gpu' and length > 1 else 'reference'
+  if not isinstance(mask.windowed, bool):
+    return 'reference'
+  if backend == 'tpu' and length == keys and length % 128 == 0 and not bias:
+    return 'splash' if mask.order == 'causal' and isinstance(mask.offset, int) else 'reference'
+  return 'dot_product' if backend == 'gpu' and length > 1 and softcap is None else 'reference'
 
 
 def attend(q: Float[Array, 'B L H K'], k: Float[Array, 'B S G K'], v: Float[Array, 'B S G K'], *,
-           mask: Mask, slopes: Float[Array, ' H'] | None, kernel: Kernel
-           ) -> Float[Array, 'B L H K']:
-  """Attention of queries over keys with the chosen kernel; scaling by head_dim ** -0.5 included.
+           mask: Mask, kernel: Kernel, bias: Float[Array, '#B H L S'] | None = None,
+           scale: float | None = None, softcap: float | None = None) -> Float[Array, 'B L H K']:
+  """Attention of queries over keys with the chosen kernel.
 
   Args:
-    q: queries; k, v: keys and values, grouped when G < H.
-    mask: causal and segment structure.
-    slopes: ALiBi slope per head, or None.
+    q: queries.
+    k: keys, grouped when G < H.
+    v: values.
+    mask: order, window and segment structure.
     kernel: implementation; every one computes the same function.
+    bias: added to the scores, or None.
+    scale: multiplies the scores; None means head_dim ** -0.5.
+    softcap: cap of tanh soft capping of the scores, before the bias; None: uncapped.
   Returns:
     [B, L, H, K] in the dtype of `q`. Rows whose keys are all masked hold arbitrary finite values.
+  Raises:
+    ValueError: the kernel lacks what is asked of it.
   """
-  width, length, keys = q.shape[-1], q.shape[1], k.shape[1]
-  chosen = choose(kernel, length=length, keys=keys)
+  length, keys = q.shape[1], k.shape[1]
+  scale = q.shape[-1]**-0.5 if scale is None else scale
+  chosen = choose(kernel, length=length, keys=keys, mask=mask, bias=bias is not None,
+                  softcap=softcap)
   if chosen == 'splash':
-    if slopes is not None or not isinstance(mask.offset, int):
-      raise ValueError("kernel='splash' has neither ALiBi nor decoding; use kernel='reference'")
-    return splash.attend(q * width**-0.5, k, v, mask.queries)
+    if (bias is not None or mask.order != 'causal' or not isinstance(mask.offset, int)
+        or not isinstance(mask.windowed, bool)):
+      raise ValueError("kernel='splash' has no bias such as ALiBi, no decoding, and no layers of "
+                       "both kinds in one scan; use kernel='auto', or layer_loop='unroll'")
+    return splash.attend(q * jnp.asarray(scale, q.dtype), k, v, mask.queries,
+                         window=mask.fixed_window, softcap=softcap)
   if chosen == 'dot_product':
-    bias = None if slopes is None else alibi_bias(mask, length, keys, slopes).astype(q.dtype)
-    plain = mask.queries is None and isinstance(mask.offset, int) and mask.offset == 0
+    if softcap is not None:
+      raise ValueError("kernel='dot_product' has no soft cap; use kernel='auto'")
+    window = mask.fixed_window
+    plain = mask.plain and length == keys
     return jax.nn.dot_product_attention(
-        q, k, v, bias=bias, mask=None if plain else mask.dense(length, keys), is_causal=plain,
+        q, k, v, bias=None if bias is None else bias.astype(q.dtype),
+        mask=None if plain else mask.dense(length, keys), is_causal=plain, scale=scale,
+        local_window_size=None if not plain or window is None else (window - 1, 0),
         implementation='cudnn' if jax.default_backend() == 'gpu' and q.dtype.itemsize == 2
         else None)
-  return reference(q * jnp.asarray(width**-0.5, q.dtype), k, v, mask, slopes)
+  return reference(q * jnp.asarray(scale, q.dtype), k, v, mask, bias, softcap=softcap)
 
 
 class Attention(nnx.Module):
@@ -158,8 +221,12 @@ class Attention(nnx.Module):
     self.value = layers.Dense(rngs, ins=embed, outs={**kv, **width}, bias=bias)
     self.out = layers.Dense(rngs, ins={**heads, **width}, outs=embed, bias='out' in config.biases,
                             scale=out_scale)
+    each = {'none': None, 'head': (width, width), 'all': ({**heads, **width}, {**kv, **width})}
+    dims = each[config.qk_norm]
+    self.query_norm = None if dims is None else layers.Norm(config, dims[0])
+    self.key_norm = None if dims is None else layers.Norm(config, dims[1])
 
-  def __call__(self, x: Float[Array, 'B L D'], *, mask: Mask, rotary: tuple | None,
+  def __call__(self, x: Float[Array, 'B L D'], *, mask: Mask, rotary: positions.Rotary | None,
                cached: tuple[jax.Array, jax.Array] | None
                ) -> tuple[Float[Array, 'B L D'], tuple[jax.Array, jax.Array] | None]:
     """Self-attention over this row, or over the cache while decoding.
@@ -173,17 +240,28 @@ class Attention(nnx.Module):
       The output and the updated keys and values (None without a cache).
     """
     config = self.config
-    q = self.query(x, ('heads', 'head_dim'))
-    k = self.key(x, ('kv_heads', 'head_dim'))
-    v = self.value(x, ('kv_heads', 'head_dim'))
+    q, k, v = self._projected(x)
     if rotary is not None:
-      q, k = positions.rotate(q, *rotary), positions.rotate(k, *rotary)
+      q, k = (positions.rotate(a, *rotary, layout=config.rope_layout) for a in (q, k))
     if cached is not None:
       write = lambda old, new: jax.lax.dynamic_update_slice_in_dim(old, new, mask.offset, 1)
       k, v = cached = (write(cached[0], k), write(cached[1], v))
-    slopes = None
+    bias = None
     if config.position == 'alibi':
-      slopes = jnp.asarray(positions.alibi_slopes(config.heads), jnp.float32)
-    out = attend(q, k, v, mask=mask, slopes=slopes, kernel=config.kernel)
+      slopes = positions.alibi_slopes(config.heads, config.alibi_order)
+      slopes = config.alibi_scale * jnp.asarray(slopes, jnp.float32)
+      bias = alibi_bias(mask, q.shape[1], k.shape[1], slopes)
+    out = attend(q, k, v, mask=mask, kernel=config.kernel, bias=bias,
+                 scale=config.attention_scale, softcap=config.attention_softcap)
     out = rules.constrain(out, 'batch', 'length', 'heads', 'head_dim')
     return self.out(out, ('embed',)), cached
+
+  def _projected(self, x):
+    q = self.query(x, ('heads', 'head_dim'))
+    k = self.key(x, ('kv_heads', 'head_dim'))
+    v = self.value(x, ('kv_heads', 'head_dim'))
+    if self.config.clip_qkv is not None:
+      q, k, v = (jnp.clip(a, -self.config.clip_qkv, self.config.clip_qkv) for a in (q, k, v))
+    if self.query_norm is not None and self.key_norm is not None:
+      q, k = self.query_norm(q), self.key_norm(k)
+    return q, k, v

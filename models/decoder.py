@@ -4,6 +4,7 @@ Letters: B batch, L length, D embed, V vocab.
 """
 
 import dataclasses
+import functools
 from typing import Any
 
 import jax
@@ -34,25 +35,39 @@ class Block(nnx.Module):
     # All 2 x layers branches together start as large as the embedding they are added to (GPT-2's
     # 1/sqrt(2 layers)); larger, they would drown the token, which costs half the early learning.
     scale = layers.embed_deviation(config) * (2 * config.layers) ** -0.5
-    self.norm1 = layers.Norm(config)
-    self.norm2 = layers.Norm(config) if config.block == 'serial' else None
+    norm = lambda wanted: layers.Norm(config) if wanted else None
+    before, after = config.norms in ('pre', 'both'), config.norms != 'pre'
+    self.norm1 = norm(before)
+    self.norm2 = norm(before and config.block != 'parallel')
+    self.after1, self.after2 = norm(after), norm(after)
     self.attention = attention.Attention(config, rngs, out_scale=scale)
     self.mlp = layers.MLP(config, rngs, out_scale=scale)
 
   def __call__(self, x: Float[Array, 'B L D'], *, mask: attention.Mask, rotary: tuple | None,
                cached: tuple | None, key: Key[Array, ''] | None
                ) -> tuple[Float[Array, 'B L D'], tuple | None]:
-    rate = self.config.dropout
+    rate, residual = self.config.dropout, self.config.norms == 'residual'
     keys = (None, None) if key is None else jax.random.split(key)
-    h = self.norm1(x)
+    h = _maybe(self.norm1, x)
     attended, cached = self.attention(h, mask=mask, rotary=rotary, cached=cached)
+    if not residual:
+      attended = _maybe(self.after1, attended)
     attended = layers.dropout(attended, rate, keys[0])
-    if self.norm2 is None:
+    if self.config.block != 'serial':
+      h = h if self.norm2 is None else self.norm2(x)
       x = x + attended + layers.dropout(self.mlp(h), rate, keys[1])
-    else:
-      x = x + attended
-      x = x + layers.dropout(self.mlp(self.norm2(x)), rate, keys[1])
+      return rules.constrain(x, 'batch', 'length', 'embed'), cached
+    x = _maybe(self.after1, x + attended) if residual else x + attended
+    made = self.mlp(_maybe(self.norm2, x))
+    if not residual:
+      made = _maybe(self.after2, made)
+    x = x + layers.dropout(made, rate, keys[1])
+    x = _maybe(self.after2, x) if residual else x
     return rules.constrain(x, 'batch', 'length', 'embed'), cached
+
+
+def _maybe(norm: layers.Norm | None, x: jax.Array) -> jax.Array:
+  return x if norm is None else norm(x)
 
 
 @jax.custom_vjp
@@ -84,8 +99,11 @@ class Decoder(nnx.Module):
     self.layers = nnx.vmap(lambda r: Block(config, r))(rngs.split(config.layers))
     self.norm = layers.Norm(config)
     untied = config.embeddings == 'untied'
-    self.head = layers.Dense(rngs, ins={'embed': config.embed}, outs={'vocab': config.vocab},
+    self.head = layers.Dense(rngs, ins={'embed': config.embed}, outs={'vocab': config.head_vocab},
                              bias='head' in config.biases, scale=HEAD_SCALE) if untied else None
+    self.head_bias = None
+    if not untied and 'head' in config.biases:
+      self.head_bias = layers.param(jnp.zeros((config.vocab,), jnp.float32), ('vocab',))
 
   def __call__(self, inputs: Int[Array, 'B L'], *, positions: Int[Array, 'B L'] | None = None,
                segment_ids: Int[Array, 'B L'] | None = None,
@@ -103,7 +121,7 @@ class Decoder(nnx.Module):
     if self.config.position in ('learned',) and inputs.shape[1] > self.config.max_length:
       raise ValueError(f'row of {inputs.shape[1]} tokens exceeds max_length='
                        f'{self.config.max_length} of the learned positions')
-    mask = attention.Mask(segment_ids, segment_ids)
+    mask = attention.Mask(segment_ids, segment_ids, window=self.config.window)
     return self._run(inputs, positions, mask, None, dropout_key)[0]
 
   def decode(self, inputs: Int[Array, 'B L'], past: cache.Cache, *,
@@ -120,7 +138,7 @@ class Decoder(nnx.Module):
       Logits and the longer cache.
     """
     segments = jax.lax.dynamic_update_slice_in_dim(past.segments, segment_ids, past.index, 1)
-    mask = attention.Mask(segment_ids, segments, past.index)
+    mask = attention.Mask(segment_ids, segments, past.index, window=self.config.window)
     logits, stacked = self._run(inputs, positions, mask, (past.key, past.value), None)
     keys, values = stacked
     return logits, cache.Cache(keys, values, segments, past.index + inputs.shape[1])
@@ -138,37 +156,55 @@ class Decoder(nnx.Module):
       input_key, layer_key = jax.random.split(key)
       x = layers.dropout(x, config.dropout, input_key)
       layer_keys = jax.random.split(layer_key, config.layers)
-    rotary = None
-    if config.position == 'rope':
-      rotary = positions.rotary_table(positions_BL, config.rotary_dim, config.rope_theta)
-    x, cached = self._loop(x, cached, layer_keys, mask=mask, rotary=rotary)
+    tables = positions.rotary_tables(config, positions_BL)
+    x, cached = self._loop(x, cached, layer_keys, mask=mask, tables=tables)
     x = self.norm(x)
     logits = self.embed.attend(x) if self.head is None else self.head(x, ('vocab',))
+    if self.head_bias is not None:
+      bias = rules.gathered(self.head_bias[...], 'vocab')
+      logits = logits + bias.astype(logits.dtype).reshape(1, 1, -1)
     logits = rules.constrain(logits.astype(jnp.float32), 'batch', 'length', 'vocab')
     if config.logit_softcap is not None:
       logits = jnp.tanh(logits / config.logit_softcap) * config.logit_softcap
     return logits, cached
 
-  def _loop(self, x, cached, layer_keys, *, mask, rotary):
+  def _loop(self, x, cached, layer_keys, *, mask, tables):
     config = self.config
     graphdef, params = nnx.split(self.layers)
     params = nnx.to_pure_dict(params)
 
-    def body(x, per_layer):
-      p, past, key = per_layer
-      return nnx.merge(graphdef, p)(x, mask=mask, rotary=rotary, cached=past, key=key)
+    def body(local, x, per_layer):
+      p, past, key, flag = per_layer
+      local = flag if local is None else local
+      return nnx.merge(graphdef, p)(
+          x, mask=dataclasses.replace(mask, windowed=local), rotary=_select(tables, local),
+          cached=past, key=key)
 
+    scanned = config.layer_loop == 'scan'
     if config.remat != 'none':
-      scanned = config.layer_loop == 'scan'
-      body = jax.checkpoint(body, policy=POLICIES[config.remat], prevent_cse=not scanned)
-    if config.layer_loop == 'scan':
-      return jax.lax.scan(body, x, (params, cached, layer_keys))
+      body = jax.checkpoint(body, policy=POLICIES[config.remat], prevent_cse=not scanned,
+                            static_argnums=0)
+    if scanned:
+      # Where all layers are of one kind it is known while tracing; else it is scanned over.
+      kinds = set(config.local)
+      known = kinds.pop() if len(kinds) == 1 else None
+      flags = jnp.asarray(config.local) if known is None else None
+      return jax.lax.scan(functools.partial(body, known), x, (params, cached, layer_keys, flags))
     outs = []
     for i, p in enumerate(unstack(params)):
       past = None if cached is None else (cached[0][i], cached[1][i])
-      x, out = body(x, (p, past, None if layer_keys is None else layer_keys[i]))
+      key = None if layer_keys is None else layer_keys[i]
+      x, out = body(config.local[i], x, (p, past, key, None))
       outs.append(out)
     return x, None if cached is None else jax.tree.map(lambda *a: jnp.stack(a), *outs)
+
+
+def _select(tables: tuple, local: Any) -> tuple | None:
+  """The rotary table of a layer's kind."""
+  everywhere, of_local = tables
+  if everywhere is of_local or isinstance(local, bool):
+    return of_local if local is True else everywhere
+  return jax.tree.map(lambda a, b: jnp.where(local, a, b), of_local, everywhere)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

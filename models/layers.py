@@ -15,7 +15,8 @@ from partitioning import rules
 
 ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
     'gelu': lambda x: jax.nn.gelu(x, approximate=False), 'gelu_tanh': jax.nn.gelu,
-    'relu': jax.nn.relu, 'silu': jax.nn.silu,
+    'quick_gelu': lambda x: x * jax.nn.sigmoid(1.702 * x), 'relu': jax.nn.relu,
+    'silu': jax.nn.silu,
 }
 
 
@@ -86,22 +87,33 @@ def _size(shape: Sequence[int]) -> int:
 
 
 class Norm(nnx.Module):
-  """RMSNorm (arXiv:1910.07467) or LayerNorm (arXiv:1607.06450), computed in float32."""
+  """RMSNorm (arXiv:1910.07467) or LayerNorm (arXiv:1607.06450), computed in float32.
 
-  def __init__(self, config: DecoderConfig):
-    self.kind, self.eps = config.norm, config.norm_eps
-    self.scale = param(jnp.ones((config.embed,), jnp.float32), ('norm',))
+  Attributes:
+    scale: of the shape normalised over, [D] unless `dims` says otherwise.
+    bias: of the same shape, or None.
+  """
+
+  def __init__(self, config: DecoderConfig, dims: dict[str, int] | None = None):
+    self.kind, self.eps, self.offset = config.norm, config.norm_eps, config.norm_offset
+    dims = {'norm': config.embed} if dims is None else dims
+    self.shape = tuple(dims.values())
+    # So that the scale in effect starts at 1.
+    self.scale = param(jnp.full(self.shape, 1.0 - self.offset, jnp.float32), tuple(dims))
     biased = 'norm' in config.biases
-    self.bias = param(jnp.zeros((config.embed,), jnp.float32), ('norm',)) if biased else None
+    self.bias = param(jnp.zeros(self.shape, jnp.float32), tuple(dims)) if biased else None
 
-  def __call__(self, x: Float[Array, 'B L D']) -> Float[Array, 'B L D']:
+  def __call__(self, x: Float[Array, 'B L *D']) -> Float[Array, 'B L *D']:
+    over = tuple(range(-len(self.shape), 0))
     y = x.astype(jnp.float32)
     if self.kind == 'layernorm':
-      y = y - jnp.mean(y, -1, keepdims=True)
-    y = y * jax.lax.rsqrt(jnp.mean(y * y, -1, keepdims=True) + self.eps)
-    y = y * self.scale[...].reshape(1, 1, -1)
+      y = y - jnp.mean(y, over, keepdims=True)
+    y = y * jax.lax.rsqrt(jnp.mean(y * y, over, keepdims=True) + self.eps)
+    scale = self.scale[...] + self.offset if self.offset else self.scale[...]
+    wide = (1,) * (x.ndim - len(self.shape)) + self.shape
+    y = y * scale.reshape(wide)
     if self.bias is not None:
-      y = y + self.bias[...].reshape(1, 1, -1)
+      y = y + self.bias[...].reshape(wide)
     return y.astype(x.dtype)
 
 
@@ -138,6 +150,7 @@ class Embed(nnx.Module):
 
   def __init__(self, config: DecoderConfig, rngs: nnx.Rngs):
     self.shape, self.dtype = (config.vocab, config.embed), jnp.dtype(config.dtype)
+    self.multiplier = config.embed_scale
     value = fan_in_init(rngs, self.shape, 1) * embed_deviation(config)
     self.embedding = param(value, ('vocab', 'embed'))
 
@@ -149,6 +162,8 @@ class Embed(nnx.Module):
                         ('batch', 'length', 'embed'))
     else:
       x = table[tokens]
+    if self.multiplier != 1.0:
+      x = x * jnp.asarray(self.multiplier, self.dtype)
     return rules.constrain(x, 'batch', 'length', 'embed')
 
   def attend(self, x: Float[Array, 'B L D']) -> Float[Array, 'B L V']:

@@ -1,20 +1,40 @@
-"""Rotary positions, ALiBi slopes and learned positions.
+"""Rotary positions and their scalings, ALiBi slopes and learned positions.
 
-Letters: B batch, L length, H heads, K head_dim, D embed.
+Letters: B batch, L length, H heads, K head_dim, D embed, R rotating pairs.
 """
 
 import math
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 from jaxtyping import Array, Float, Int
 
 from models import layers
-from models.config import DecoderConfig
+from models.config import DecoderConfig, RopeScaling
+
+Rotary = tuple[jax.Array, jax.Array]
 
 
-def rotary_table(positions: Int[Array, 'B L'], rotary_dim: int, theta: float
+def rotary_tables(config: DecoderConfig, positions: Int[Array, 'B L']
+                  ) -> tuple[Rotary | None, Rotary | None]:
+  """Cosine and sine tables for global and for local layers; (None, None) without rotation.
+
+  Args:
+    config: the rotation's settings.
+    positions: position of each token in its document.
+  """
+  if config.position != 'rope':
+    return None, None
+  table = rotary_table(positions, config.rotary_dim, config.rope_theta, config.rope_scaling)
+  if config.local_rope_theta is None:
+    return table, table
+  return table, rotary_table(positions, config.rotary_dim, config.local_rope_theta)
+
+
+def rotary_table(positions: Int[Array, 'B L'], rotary_dim: int, theta: float,
+                 scaling: RopeScaling | None = None
                  ) -> tuple[Float[Array, 'B L 1 R'], Float[Array, 'B L 1 R']]:
   """Cosine and sine of the rotary angles, float32.
 
@@ -22,34 +42,119 @@ def rotary_table(positions: Int[Array, 'B L'], rotary_dim: int, theta: float
     positions: position of each token in its document.
     rotary_dim: rotating dimensions per head (even); R is half of it.
     theta: base of the frequencies.
+    scaling: for rows longer than those of the first training.
   """
-  half = rotary_dim // 2
-  frequencies = theta ** (-jnp.arange(half, dtype=jnp.float32) / half)
-  angles = positions[:, :, None, None].astype(jnp.float32) * frequencies.reshape(1, 1, 1, half)
-  return jnp.cos(angles), jnp.sin(angles)
+  # In float64 on the host, so that no backend's pow decides.
+  plain = frequencies(rotary_dim, theta)
+  factor = 1.0
+  if scaling is None:
+    speeds: jax.Array | np.ndarray = plain
+  else:
+    factor = scaling.attention_factor
+    speeds = scaled_frequencies(plain, theta, scaling, positions)
+  speeds = jnp.asarray(speeds, jnp.float32)
+  angles = positions[:, :, None, None].astype(jnp.float32) * speeds.reshape(1, 1, 1, -1)
+  return jnp.cos(angles) * factor, jnp.sin(angles) * factor
 
 
-def rotate(x: Float[Array, 'B L H K'], cos: Float[Array, 'B L 1 R'], sin: Float[Array, 'B L 1 R']
-           ) -> Float[Array, 'B L H K']:
-  """Rotates the two halves of the first 2R head dimensions (arXiv:2104.09864), in float32.
+def frequencies(rotary_dim: int, theta: float) -> np.ndarray:
+  """theta ** (-2i / rotary_dim) for i = 0 ... R - 1, float64."""
+  return float(theta) ** (-np.arange(0, rotary_dim, 2, dtype=np.float64) / rotary_dim)
 
-  Halves are paired as in GPT-NeoX and Llama, not neighbours as in the paper and GPT-J.
+
+def scaled_frequencies(plain: np.ndarray, theta: float, scaling: RopeScaling,
+                       positions: Int[Array, 'B L']) -> np.ndarray | jax.Array:
+  """Rotary frequencies under a scaling.
+
+  'dynamic' and 'longrope' depend on the longest row of the batch, as their references do.
+
+  Args:
+    plain: [R] unscaled frequencies.
+    theta: their base.
+    scaling: which, and its numbers.
+    positions: of the batch.
+  Returns:
+    [R] frequencies.
+  """
+  if scaling.kind == 'linear':
+    return plain / scaling.factor
+  original = scaling.original_length
+  assert original is not None
+  if scaling.kind == 'llama3':
+    wave = 2 * math.pi / plain
+    share = original / wave
+    smooth = np.clip((share - scaling.low_frequency)
+                     / (scaling.high_frequency - scaling.low_frequency), 0, 1)
+    return (1 - smooth) * plain / scaling.factor + smooth * plain
+  if scaling.kind == 'yarn':
+    return _yarn(plain, theta, scaling, original)
+  row = jnp.max(positions) + 1
+  if scaling.kind == 'longrope':
+    short, long = plain / np.array(scaling.short_factors), plain / np.array(scaling.long_factors)
+    return jnp.where(row > original, jnp.asarray(long, jnp.float32),
+                     jnp.asarray(short, jnp.float32))
+  dims = 2 * len(plain)
+  grown = scaling.factor * jnp.maximum(row, original) / original - (scaling.factor - 1)
+  base = theta * grown.astype(jnp.float32) ** (dims / (dims - 2))
+  return base ** jnp.asarray(-np.arange(0, dims, 2) / dims, jnp.float32)
+
+
+def _yarn(plain: np.ndarray, theta: float, scaling: RopeScaling, original: int) -> np.ndarray:
+  dims = 2 * len(plain)
+
+  def place(turns: float) -> float:
+    """The (fractional) pair that turns so often over the original length."""
+    return dims * math.log(original / (turns * 2 * math.pi)) / (2 * math.log(theta))
+
+  low, high = place(scaling.beta_fast), place(scaling.beta_slow)
+  if scaling.truncate == 'ends':
+    low, high = math.floor(low), math.ceil(high)
+  low, high = max(low, 0), min(high, dims - 1)
+  ramp = np.clip((np.arange(len(plain)) - low) / max(high - low, 1e-3), 0, 1)
+  return plain / scaling.factor * ramp + plain * (1 - ramp)
+
+
+def rotate(x: Float[Array, 'B L H K'], cos: Float[Array, 'B L 1 R'], sin: Float[Array, 'B L 1 R'],
+           *, layout: str = 'halves') -> Float[Array, 'B L H K']:
+  """Rotates pairs of the first 2R head dimensions (arXiv:2104.09864), in float32.
+
+  Args:
+    x: queries or keys.
+    cos: cosines of the angles.
+    sin: sines.
+    layout: 'halves' pairs i with i + R, as GPT-NeoX and Llama; 'neighbours' 2i with 2i + 1, as
+      the paper and GPT-J.
   """
   half = cos.shape[-1]
-  first, second = x[..., :half].astype(jnp.float32), x[..., half:2 * half].astype(jnp.float32)
-  turned = jnp.concatenate([first * cos - second * sin, second * cos + first * sin], -1)
+  turning = x[..., :2 * half].astype(jnp.float32)
+  if layout == 'neighbours':
+    first, second = turning[..., ::2], turning[..., 1::2]
+  else:
+    first, second = turning[..., :half], turning[..., half:]
+  turned = [first * cos - second * sin, second * cos + first * sin]
+  out = (jnp.stack(turned, -1).reshape(turning.shape) if layout == 'neighbours'
+         else jnp.concatenate(turned, -1)).astype(x.dtype)
   rest = x[..., 2 * half:]
-  turned = turned.astype(x.dtype)
-  return jnp.concatenate([turned, rest], -1) if rest.shape[-1] else turned
+  return jnp.concatenate([out, rest], -1) if rest.shape[-1] else out
 
 
-def alibi_slopes(heads: int) -> list[float]:
-  """ALiBi's slope per head (arXiv:2108.12409); odd counts interleave the next power of two's."""
+def alibi_slopes(heads: int, order: str = 'paper') -> list[float]:
+  """ALiBi's slope per head (arXiv:2108.12409).
+
+  Args:
+    heads: H.
+    order: for H that is no power of two, 'paper' takes the next lower power's slopes and then
+      every other one of the next higher's; 'mpt' the higher's odd ones, then its even ones.
+  """
   def powers(n: int) -> list[float]:
     return [2.0 ** (-8.0 * (i + 1) / n) for i in range(n)]
   below = 2 ** math.floor(math.log2(heads))
-  slopes = powers(below)
-  return slopes if below == heads else slopes + powers(2 * below)[0::2][:heads - below]
+  if below == heads:
+    return powers(heads)
+  above = powers(2 * below)
+  if order == 'mpt':
+    return (above[1::2] + above[0::2])[:heads]
+  return powers(below) + above[0::2][:heads - below]
 
 
 class LearnedPositions(nnx.Module):

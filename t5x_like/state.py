@@ -17,6 +17,7 @@ from flax import nnx
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from partitioning import rules as rules_lib
+from t5x_like import integrity
 
 QUICK_INIT = 30_000_000  # parameters up to which compiling costs more than drawing
 
@@ -90,7 +91,7 @@ def describe(model: Model, mesh: Mesh, rules: rules_lib.Rules) -> Structure:
     value = variable.get_value() if hasattr(variable, 'get_value') else variable.value
     where = rules_lib.sharding(mesh, axes[name], value.shape, rules.params, name=name)
     shapes[name] = jax.ShapeDtypeStruct(value.shape, value.dtype, sharding=where)
-  return Structure(graphdef, _nest(axes), _nest(shapes), mesh, rules)
+  return Structure(graphdef, integrity.nest(axes), integrity.nest(shapes), mesh, rules)
 
 
 def _axes_of(name: str, variable: Any) -> tuple[str, ...]:
@@ -99,17 +100,6 @@ def _axes_of(name: str, variable: Any) -> tuple[str, ...]:
     raise ValueError(f'parameter {name} has no logical axes; create it with models.layers.param')
   stacked = len(variable.shape) - len(axes)
   return ('layers',) * stacked + tuple(axes)
-
-
-def _nest(flat: dict[str, Any]) -> dict[str, Any]:
-  tree: dict[str, Any] = {}
-  for path, value in flat.items():
-    *parents, last = path.split('/')
-    node = tree
-    for parent in parents:
-      node = node.setdefault(parent, {})
-    node[last] = value
-  return tree
 
 
 def like_params(tree: Any, structure: Structure) -> Any:

@@ -115,15 +115,41 @@ def test_kernels_compute_the_same_function():
   k, v = (jax.random.normal(key, (2, 128, 2, 64)) for key in keys[1:])
   segments = jnp.asarray(np.repeat([[1, 2]], 64, 1).reshape(1, 128).repeat(2, 0), jnp.int32)
   mask = attention.Mask(segments, segments)
-  run = lambda kernel, slopes=None: attention.attend(q, k, v, mask=mask, slopes=slopes,
-                                                     kernel=kernel)
-  wanted = run('reference')
-  for kernel in ('dot_product', 'splash'):
-    np.testing.assert_allclose(run(kernel), wanted, atol=5e-6)
-  slopes = jnp.asarray(positions.alibi_slopes(4))
-  np.testing.assert_allclose(run('dot_product', slopes), run('reference', slopes), atol=5e-6)
-  with pytest.raises(ValueError, match="kernel='splash' has neither ALiBi nor decoding"):
-    run('splash', slopes)
+  run = lambda kernel, bias=None, mask=mask, **settings: attention.attend(
+      q, k, v, mask=mask, bias=bias, kernel=kernel, **settings)
+  for wanted in (mask, attention.Mask(segments, segments, window=9, windowed=True),
+                 attention.Mask(None, None, window=9, windowed=True)):
+    for kernel in ('dot_product', 'splash'):
+      np.testing.assert_allclose(run(kernel, mask=wanted), run('reference', mask=wanted), atol=5e-6)
+  np.testing.assert_allclose(run('splash', softcap=2.0, scale=0.3),
+                             run('reference', softcap=2.0, scale=0.3), atol=5e-6)
+  bias = attention.alibi_bias(mask, 128, 128, jnp.asarray(positions.alibi_slopes(4)))
+  np.testing.assert_allclose(run('dot_product', bias), run('reference', bias), atol=5e-6)
+  with pytest.raises(ValueError, match="kernel='splash' has no bias such as ALiBi"):
+    run('splash', bias)
+  with pytest.raises(ValueError, match="kernel='dot_product' has no soft cap"):
+    run('dot_product', softcap=2.0)
+
+
+def test_attention_differentiated_by_rule_equals_tracing():
+  keys = jax.random.split(jax.random.key(1), 5)
+  q = jax.random.normal(keys[0], (2, 6, 4, 8))
+  k, v = (jax.random.normal(key, (2, 6, 2, 8)) for key in keys[1:3])
+  bias, weights = jax.random.normal(keys[3], (1, 4, 6, 6)), jax.random.normal(keys[4], q.shape)
+  mask = attention.Mask(None, None, window=3, windowed=True)
+
+  def traced(q, k, v, bias):
+    scores = jnp.einsum('blhk,bshk->bhls', q, jnp.repeat(k, 2, 2))
+    scores = jnp.tanh(scores / 1.5) * 1.5 + bias
+    scores = jnp.where(mask.dense(6, 6), scores, attention.MASKED)
+    out = jnp.einsum('bhls,bshk->blhk', jax.nn.softmax(scores, -1), jnp.repeat(v, 2, 2))
+    return jnp.sum(out * weights)
+
+  ruled = lambda q, k, v, bias: jnp.sum(
+      weights * attention.reference(q, k, v, mask, bias, softcap=1.5))
+  for got, wanted in zip(jax.grad(ruled, range(4))(q, k, v, bias),
+                         jax.grad(traced, range(4))(q, k, v, bias), strict=True):
+    np.testing.assert_allclose(got, wanted, atol=1e-5)
 
 
 def test_alibi_slopes():

@@ -130,7 +130,8 @@ def test_quickstart_cuts_one_file_where_told_and_hands_flags_to_the_training(ven
 def test_quickstart_leaves_files_out_that_are_not_utf8_if_told(venv, tmp_path):
   (tmp_path / 'notes').mkdir()
   for i in range(40):
-    (tmp_path / f'notes/{i}.txt').write_text(f'Entry {i}: ' + 'the sea and the wind, ' * (i % 7 + 1))
+    text = f'Entry {i}: ' + 'the sea and the wind, ' * (i % 7 + 1)
+    (tmp_path / f'notes/{i}.txt').write_text(text)
   (tmp_path / 'notes/bad.txt').write_bytes(b'caf\xe9')
   flags = ('--text', 'notes', '--out', 'run', '--vocab', '300', '--gin.LENGHT=16')
   done = _quickstart(venv, tmp_path, *flags)
@@ -143,6 +144,6 @@ def test_quickstart_leaves_files_out_that_are_not_utf8_if_told(venv, tmp_path):
 def test_quickstart_explains_itself():
   done = subprocess.run([_ROOT / 'scripts/quickstart', '--help'], capture_output=True, text=True)
   assert done.returncode == 0
-  for option in ('--text DIR', '--out DIR', '--steps N', '--vocab N', '--separator TEXT', '--errors skip',
-                 '--gin'):
+  for option in ('--text DIR', '--out DIR', '--steps N', '--vocab N', '--separator TEXT',
+                 '--errors skip', '--gin'):
     assert option in done.stdout

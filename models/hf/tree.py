@@ -1,0 +1,120 @@
+"""Whole trees of parameters to and from tensors, and everything that can be wrong with a file."""
+
+import difflib
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+
+from models.hf import table
+from models.hf.family import Family
+from models.hf.files import Stored
+
+FLOATS = ('F64', 'F32', 'F16', 'BF16')
+
+
+def match(family: Family, rows: Sequence[table.Row], leaves: Mapping[str, table.Leaf],
+          stored: Mapping[str, Stored]) -> list[tuple[table.Place, str]]:
+  """Finds each tensor a table expects.
+
+  Args:
+    family: whose spelling the names have.
+    rows: its table for the configuration.
+    leaves: our parameters.
+    stored: tensors by the name they have in the file.
+  Returns:
+    (place, name in the file) in the order of the file's bytes, which reads fastest.
+  Raises:
+    ValueError: tensors are missing, unexpected, or of another shape or dtype; all are listed, with
+      the nearest names.
+  """
+  names: dict[str, str] = {}
+  problems = []
+  for name in stored:
+    canonical = family.canonical(name)
+    if canonical is None:
+      continue
+    if canonical in names:
+      problems.append(f'{names[canonical]} and {name} are the same parameter')
+    names[canonical] = name
+  expected = {place.theirs: place for place in table.places(rows, leaves)}
+  missing, extra = sorted(expected.keys() - names.keys()), sorted(names.keys() - expected.keys())
+  # A tied head is often stored beside the table it is tied to.
+  extra = [name for name in extra if not _is_copy(name, expected, names, stored)]
+  problems += [f'missing: {name} {list(expected[name].shape)}{_near(name, extra)}'
+               for name in missing]
+  problems += [f'unexpected: {names[name]} {list(stored[names[name]].shape)}{_near(name, missing)}'
+               for name in extra]
+  for name in sorted(expected.keys() & names.keys()):
+    found = stored[names[name]]
+    if found.shape != expected[name].shape:
+      problems.append(f'shape: {names[name]} is {list(found.shape)}, but config.json makes it '
+                      f'{list(expected[name].shape)}')
+    if found.dtype not in FLOATS:
+      problems.append(f'dtype: {names[name]} is {found.dtype}; parameters are one of '
+                      f'{", ".join(FLOATS)}')
+  if problems:
+    raise ValueError(f'{len(problems)} tensors do not fit a {family.name} of this config.json:\n'
+                     + '\n'.join(problems))
+  pairs = [(expected[name], names[name]) for name in expected]
+  return sorted(pairs, key=lambda p: (stored[p[1]].path, stored[p[1]].start))
+
+
+def _is_copy(name: str, expected: Mapping[str, table.Place], names: Mapping[str, str],
+             stored: Mapping[str, Stored]) -> bool:
+  """Whether an unexpected head holds the same numbers as the input table."""
+  if not name.endswith(('lm_head.weight', 'embed_out.weight', 'embed_tokens.weight')):
+    return False
+  found = stored[names[name]]
+  tables = [other for other, place in expected.items() if place.row.parts[0].ours.endswith(
+      'embed/embedding') and other in names]
+  return any(found.shape == stored[names[other]].shape and np.array_equal(
+      found.read(), stored[names[other]].read()) for other in tables)
+
+
+def _near(name: str, others: Sequence[str]) -> str:
+  near = difflib.get_close_matches(name, others, 1)
+  return f'; did you mean {near[0]}?' if near else ''
+
+
+def from_tensors(family: Family, config: Any, leaves: Mapping[str, table.Leaf],
+                 stored: Mapping[str, Stored]) -> dict[str, np.ndarray]:
+  """Reads a whole small checkpoint.
+
+  Args:
+    family: its family.
+    config: its configuration.
+    leaves: our parameters.
+    stored: its tensors.
+  Returns:
+    float32 arrays by path.
+  Raises:
+    ValueError: as `match`.
+  """
+  out = {path: np.empty(leaf.shape, np.float32) for path, leaf in leaves.items()}
+  for place, name in match(family, family.rows(config), leaves, stored):
+    for path, value in table.to_ours(place, stored[name].read(), leaves):
+      out[path][place.index] = value
+  return out
+
+
+def to_tensors(family: Family, config: Any, leaves: Mapping[str, table.Leaf],
+               read: Callable[[str, tuple[int, ...]], np.ndarray], dtype: str = 'F32'):
+  """Their tensors, one after the other.
+
+  Args:
+    family: to write as.
+    config: ours.
+    leaves: our parameters.
+    read: (path, index into its leading axes) to that entry, float32.
+    dtype: to write: 'F32', 'F16' or 'BF16'.
+  Yields:
+    (name, array).
+  """
+  wanted = np.dtype(jnp.bfloat16) if dtype == 'BF16' else np.dtype(
+      {'F32': np.float32, 'F16': np.float16}[dtype])
+  for place in table.places(family.rows(config), leaves):
+    values = {part.ours: read(part.ours, place.index) for part in place.row.parts}
+    yield place.theirs, table.to_theirs(place, values, leaves).astype(wanted, copy=False)
+  yield from family.constants(config).items()
