@@ -118,9 +118,7 @@ class Decoder(nnx.Module):
     Returns:
       float32 logits.
     """
-    if self.config.position in ('learned',) and inputs.shape[1] > self.config.max_length:
-      raise ValueError(f'row of {inputs.shape[1]} tokens exceeds max_length='
-                       f'{self.config.max_length} of the learned positions')
+    _check_length(self.config, inputs.shape[1])
     mask = attention.Mask(segment_ids, segment_ids, window=self.config.window)
     return self._run(inputs, positions, mask, None, dropout_key)[0]
 
@@ -199,6 +197,13 @@ class Decoder(nnx.Module):
     return x, None if cached is None else jax.tree.map(lambda *a: jnp.stack(a), *outs)
 
 
+def _check_length(config: DecoderConfig, length: int) -> None:
+  # Beyond the table a position would read as zeros, without a word.
+  if config.position == 'learned' and length > config.max_length:
+    raise ValueError(f'row of {length} tokens exceeds max_length={config.max_length} of the '
+                     f'learned positions')
+
+
 def _select(tables: tuple, local: Any) -> tuple | None:
   """The rotary table of a layer's kind."""
   everywhere, of_local = tables
@@ -232,4 +237,5 @@ class DecoderLM:
 
   def empty_cache(self, batch: int, length: int) -> cache.Cache:
     """A key/value cache for `batch` rows of `length` tokens."""
+    _check_length(self.config, length)
     return cache.empty(self.config, batch, length)

@@ -4,6 +4,7 @@ Letters: B batch, L prompt length, T new tokens, V vocab.
 """
 
 import dataclasses
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -13,6 +14,7 @@ import numpy as np
 from jaxtyping import Array, Float, Int, Key
 
 from partitioning import rules as rules_lib
+from t5x_like import limits
 from t5x_like import step as step_lib
 from t5x_like.hooks import Run
 from t5x_like.state import Structure
@@ -113,15 +115,19 @@ class Generator:
       prompts: token ids per row, at least one each (the begin id stands for an empty prompt);
         shorter rows are padded on the left, which changes nothing.
       new_tokens: tokens to add to each row, at least 1.
-      seed: of the draws.
+      seed: of the draws, in [0, 2**32).
     Returns:
       The new ids per row, cut after the first end of text.
     Raises:
-      ValueError: an empty prompt, or no new token asked for.
+      ValueError: an empty prompt, no new token asked for, more than the model has positions for,
+        or a seed out of range.
     """
+    if not 0 <= seed < 1 << 32:
+      raise ValueError(f'seed={seed} must be in [0, 2**32): others would draw as one of these')
     if new_tokens < 1 or not prompts or any(len(p) == 0 for p in prompts):
       raise ValueError('generation needs new_tokens >= 1 and at least one id in every prompt')
     longest = max(len(p) for p in prompts)
+    limits.check(self._model, prompt=longest, new_tokens=new_tokens)
     ids = np.zeros((len(prompts), longest), np.int32)
     segments = np.zeros_like(ids)
     for row, prompt in enumerate(prompts):
@@ -144,7 +150,7 @@ class Samples:
     Args:
       prompts: texts to continue; '' lets the model begin.
       every: updates between samples; 0 means only after the last.
-      new_tokens: tokens to add.
+      new_tokens: tokens to add; fewer where the model has no position for more.
       sampling: how tokens are drawn; None means temperature 0.8.
       seed: of the draws.
     """
@@ -165,8 +171,13 @@ class Samples:
       self._generator = Generator(run.structure, run.model, sampling=self._sampling,
                                   eos_id=vocabulary.eos_id)
     prompts = [[run.loader.bos_id, *vocabulary.encode(text)] for text in self._prompts]
+    # Too few positions must not end a run that could still be saved.
+    room = (limits.positions(run.model) or math.inf) - max(map(len, prompts))
+    if room < 1:
+      run.message('no sample: a prompt takes all positions of the model')
+      return
     rows = self._generator(step_lib.evaluation_params(train_state), prompts,
-                           new_tokens=self._new_tokens, seed=self._seed)
+                           new_tokens=int(min(self._new_tokens, room)), seed=self._seed)
     for text, row in zip(self._prompts, rows, strict=True):
       said = vocabulary.decode(row)
       run.write(step, {f'sample/{text[:32]}': said})

@@ -21,7 +21,7 @@ from t5x_like import state as state_lib
 def generate(*, model: Any, mesh: Mesh, rules: rules_lib.Rules, vocabulary: Any, checkpoint: str,
              prompt: str = '', prompts: Sequence[str] = (), new_tokens: int = 128,
              sampling: decode.Sampling | None = None, seed: int = 0, step: int | None = None,
-             bos_id: int = 0) -> list[str]:
+             bos_id: int | None = None) -> list[str]:
   """Prints and returns continuations.
 
   Args:
@@ -34,20 +34,35 @@ def generate(*, model: Any, mesh: Mesh, rules: rules_lib.Rules, vocabulary: Any,
     prompts: several, instead of `prompt`.
     new_tokens: tokens to add at most.
     sampling: how tokens are drawn; None means temperature 0.8.
-    seed: of the draws.
+    seed: of the draws, in [0, 2**32).
     step: which checkpoint; None takes the newest good one.
-    bos_id: the id every document begins with.
+    bos_id: the id every document begins with; None takes what training took, the vocabulary's own
+      or, where it has none, the id of padding.
   Returns:
     The continuations, without the prompts.
+  Raises:
+    ValueError: a prompt that is no text, or what `decode.Generator` refuses.
   """
+  texts = list(prompts) or [prompt]
+  for text in texts:
+    _check_text(text)
+  own = vocabulary.pad_id if vocabulary.bos_id is None else vocabulary.bos_id
+  begin: int = own if bos_id is None else bos_id
   structure = state_lib.describe(model, mesh, rules)
   params = checkpoints.load_params(checkpoint, structure.shapes, step=step, which='evaluated')
   run = decode.Generator(structure, model, eos_id=vocabulary.eos_id,
                          sampling=sampling or decode.Sampling(temperature=0.8))
-  texts = list(prompts) or [prompt]
-  rows = run(params, [[bos_id, *vocabulary.encode(text)] for text in texts],
+  rows = run(params, [[begin, *vocabulary.encode(text)] for text in texts],
              new_tokens=new_tokens, seed=seed)
   said = [vocabulary.decode(row) for row in rows]
   for text, more in zip(texts, said, strict=True):
     print(f'{text}{more}\n---')
   return said
+
+
+def _check_text(text: str) -> None:
+  try:
+    text.encode()
+  except UnicodeEncodeError as error:
+    raise ValueError(f'the prompt {text!r} is not UTF-8 text from character {error.start} on: give '
+                     f'text, for instance through iconv -t utf-8') from None

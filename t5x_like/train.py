@@ -22,7 +22,7 @@ import optax
 from jax.sharding import Mesh
 
 from partitioning import rules as rules_lib
-from t5x_like import checkpoints, hardware, ledger, losses, metrics, preview, progress
+from t5x_like import checkpoints, hardware, ledger, limits, losses, metrics, preview, progress
 from t5x_like import state as state_lib
 from t5x_like import step as step_lib
 from t5x_like.data import prefetch
@@ -119,7 +119,7 @@ class _Plan:
                                     microbatches=microbatches, ema=ema)
     first = next(iter(self.shapes.values()))
     self.length = first.shape[1] if len(first.shape) > 1 else 1
-    for line in rules_lib.replicated_report(
+    for line in limits.notes(model, length=self.length) + rules_lib.replicated_report(
         {row['path']: (row['bytes'], row['spec']) for row in self.structure.rows()}, rules, mesh):
       print(f'note: {line}', file=sys.stderr)
 
