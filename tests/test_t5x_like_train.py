@@ -103,6 +103,27 @@ def test_sigterm_saves_and_exits_and_the_run_goes_on(whole, tmp_path):
   assert curve(part) == curve(folder)
 
 
+def test_a_second_run_in_the_same_folder_is_refused_and_changes_nothing(whole, tmp_path):
+  part = tmp_path / 'part'
+  (tmp_path / 'stores').symlink_to(whole[0].parent / 'stores')
+  part.mkdir()
+
+  class Intruder:
+    def due(self, step, *, last):
+      return step == 1
+
+    def __call__(self, run, step, train_state):
+      before = (part / 'metrics.jsonl').read_text()
+      elsewhere = settings(part, workdir=str(tmp_path / 'other'))
+      for second in (settings(part, checkpointer=None), elsewhere):
+        with pytest.raises(ValueError, match=f'part is in use by process {os.getpid()} on'):
+          train.train(**second)
+      assert (part / 'metrics.jsonl').read_text() == before
+
+  train.train(**settings(part, steps=1, hooks=[Intruder()]))
+  assert curve(part)[0] == [1]
+
+
 def test_state_restores_onto_another_mesh(whole, tmp_path):
   folder, _ = whole
   definition = toy.model(vocab=259, layers=1, dropout=0.1)
