@@ -21,6 +21,7 @@ from typing import Any
 import numpy as np
 
 from t5x_like import config, tables
+from t5x_like.data import sources as sources_lib
 from t5x_like.data import store as store_lib
 from t5x_like.data import vocabularies
 
@@ -28,7 +29,7 @@ from t5x_like.data import vocabularies
 _DEFLATE_WINDOW = 32768 - 262
 _XZ_DICTIONARY = 64 << 20  # The dictionary of xz -9.
 _CHUNK_TOKENS = 1 << 22
-_FORMAT = 1
+_FORMAT = 2
 
 
 def count_tokens(tokens: Any, *, vocab_size: int) -> np.ndarray:
@@ -101,24 +102,28 @@ def xz_bytes(text: bytes) -> int:
   return size + len(packer.flush())
 
 
-def compression_bits(documents: Sequence[bytes], *, train: bytes) -> dict[str, float]:
+def compression_bits(documents: Sequence[Sequence[bytes]], *, train: Sequence[bytes]
+                     ) -> dict[str, float]:
   """Codes held-out documents with both compressors at once, one thread per pass.
 
-  xz reads the training text and then all held-out documents as one stream: size(train + held-out)
-  - size(train). So, unlike the model, it also learns from one held-out document for the next.
+  gzip is primed with the training text of a document's own source. xz reads all the training text
+  and then all held-out documents as one stream: size(train + held-out) - size(train). So, unlike
+  the model, it also learns from one held-out document for the next.
 
   Args:
-    documents: held-out texts.
-    train: training text.
+    documents: held-out texts of each source.
+    train: training text of each source.
 
   Returns:
     {'gzip': bits, 'xz': bits}.
   """
+  primer = b''.join(train)
   with concurrent.futures.ThreadPoolExecutor(3) as pool:  # Both libraries release the GIL.
-    both = pool.submit(xz_bytes, train + b''.join(documents))
-    alone = pool.submit(xz_bytes, train)
-    gzip = pool.submit(gzip_bits, documents, train=train)
-    return {'gzip': gzip.result(), 'xz': 8.0 * (both.result() - alone.result())}
+    both = pool.submit(xz_bytes, primer + b''.join(d for of in documents for d in of))
+    alone = pool.submit(xz_bytes, primer)
+    gzip = [pool.submit(gzip_bits, of, train=text)
+            for of, text in zip(documents, train, strict=True)]
+    return {'gzip': sum(g.result() for g in gzip), 'xz': 8.0 * (both.result() - alone.result())}
 
 
 def spread(count: int, *, share: float) -> Iterator[int]:
@@ -134,99 +139,125 @@ def spread(count: int, *, share: float) -> Iterator[int]:
   return (i for i in range(count) if int((i + 1) * share) > int(i * share))
 
 
-def text_of(store: store_lib.Store, *, limit: int) -> tuple[list[bytes], int]:
-  """Decodes documents of a store.
+def text_of(store: store_lib.Store, *, share: float) -> tuple[list[bytes], int]:
+  """Decodes the targets of documents of a store, evenly spread.
 
   Args:
     store: with text in its feature 'targets'.
-    limit: bytes of text; a larger store gives evenly spread documents of about that size.
+    share: of the documents, in (0, 1].
 
   Returns:
     One UTF-8 text per document, end-of-sequence tokens left out, and how many of them differ in
     length from the text the document was made from.
   """
   vocabulary = vocabularies.from_manifest(store.manifest['vocabulary'], directory=store.path)
-  share = min(1.0, limit / max(1, store.text_bytes))
-  lengths = store.byte_lengths
+  lengths = store.feature_bytes()
   documents, altered = [], 0
   for index in spread(store.num_documents, share=share):
     ids = store.document_tokens(index)
     documents.append(vocabulary.decode(ids[ids != store.eos_id].tolist()).encode())
-    altered += len(documents[-1]) != lengths[index]
+    altered += lengths is not None and len(documents[-1]) != lengths[index]
   return documents, altered
 
 
-def measure(train: store_lib.Store, *, heldout: store_lib.Store, train_limit: int = 16 << 20,
-            heldout_limit: int = 16 << 20) -> dict[str, Any]:
-  """Measures the baselines on two stores.
+def measure(train: Sequence[store_lib.Store], *, heldout: Sequence[store_lib.Store],
+            train_limit: int = 16 << 20, heldout_limit: int = 16 << 20) -> dict[str, Any]:
+  """Measures the baselines on the targets of sources taken together.
 
   Args:
-    train: what to learn from.
-    heldout: what to code.
+    train: what to learn from, one store per source.
+    heldout: what to code, sources in the same order.
     train_limit: bytes of training text the compressors are primed with, at most.
     heldout_limit: bytes of held-out text they code, at most.
 
   Returns:
-    'bits_per_byte': {'unigram', 'gzip', 'xz'}, and on what they were measured (JSON-able).
+    'bits_per_byte': {'unigram', 'gzip', 'xz'}, and on what they were measured (JSON-able). Where a
+    store does not say how many bytes its targets are, 'bits_per_byte' is {} and 'unknown' says why.
   """
   begin = time.monotonic()
-  counts = [count_tokens(s.tokens(), vocab_size=s.vocab_size) for s in (train, heldout)]
-  unigram = unigram_bits(counts[0], heldout_counts=counts[1]) / max(1, heldout.text_bytes)
-  training, altered = text_of(train, limit=train_limit)
-  primer = b''.join(training)
-  documents, altered_heldout = text_of(heldout, limit=heldout_limit)
-  coded = max(1, sum(map(len, documents)))
-  bits = compression_bits(documents, train=primer)
+  counts = [sum(count_tokens(s.tokens(), vocab_size=s.vocab_size) for s in of)
+            for of in (train, heldout)]
+  size = [_target_bytes(of) for of in (train, heldout)]
+  found = {
+    'bits_per_byte': {},
+    'with_inputs': any(len(s.features) > 1 for s in heldout),
+    'train_tokens': int(np.sum(counts[0])),
+    'heldout_tokens': int(np.sum(counts[1])),
+    'heldout_documents': sum(s.num_documents for s in heldout),
+  }
+  if None in size:
+    silent = [s.path for s in (*train, *heldout) if s.feature_bytes() is None]
+    return {**found, 'unknown': f'{silent[0]} has several features and does not say how many bytes '
+                                'of its text are targets: prepare it again'}
+  train_bytes, heldout_bytes = (s or 0 for s in size)
+  training, altered = _texts(train, share=train_limit / max(1, train_bytes))
+  documents, altered_heldout = _texts(heldout, share=heldout_limit / max(1, heldout_bytes))
+  primers = [b''.join(of) for of in training]
+  coded = max(1, sum(len(d) for of in documents for d in of))
+  bits = compression_bits(documents, train=primers)
+  unigram = unigram_bits(np.asarray(counts[0]), heldout_counts=np.asarray(counts[1]))
   return {
-    'bits_per_byte': {'unigram': unigram, 'gzip': bits['gzip'] / coded, 'xz': bits['xz'] / coded},
-    'train_tokens': int(counts[0].sum()),
-    'train_bytes': train.text_bytes,
-    'train_bytes_primed': len(primer),
-    'heldout_tokens': int(counts[1].sum()),
-    'heldout_bytes': heldout.text_bytes,
+    **found,
+    'bits_per_byte': {'unigram': unigram / max(1, heldout_bytes), 'gzip': bits['gzip'] / coded,
+                      'xz': bits['xz'] / coded},
+    'train_bytes': train_bytes,
+    'train_bytes_primed': sum(map(len, primers)),
+    'heldout_bytes': heldout_bytes,
     'heldout_bytes_coded': coded,
-    'heldout_documents': heldout.num_documents,
     'documents_altered': int(altered + altered_heldout),
     'seconds': round(time.monotonic() - begin, 3),
   }
 
 
-def baselines(*, store_dir: str, source: str, train_split: str = 'train',
+def _target_bytes(stores: Sequence[store_lib.Store]) -> int | None:
+  sizes = [store.feature_bytes() for store in stores]
+  return None if any(s is None for s in sizes) else sum(int(s.sum()) for s in sizes
+                                                        if s is not None)
+
+
+def _texts(stores: Sequence[store_lib.Store], *, share: float) -> tuple[list[list[bytes]], int]:
+  found = [text_of(store, share=min(1.0, share)) for store in stores]
+  return [texts for texts, _ in found], sum(altered for _, altered in found)
+
+
+def baselines(*, store_dir: str, source: sources_lib.Sources, train_split: str = 'train',
               split: str = 'validation', train_limit: int = 16 << 20,
               heldout_limit: int = 16 << 20) -> dict[str, Any]:
-  """Measures the baselines of a source, or reads them where this was done before.
+  """Measures the baselines of sources, or reads them where this was done before.
 
-  The result is kept in `<store_dir>/<source>/` under a name made of what it depends on, so that a
-  call in the background, during training, makes the report's call instant.
+  The result is kept in the folder of the first source under a name made of what it depends on, so
+  that a call in the background, during training, makes the report's call instant.
 
   Args:
     store_dir: folder that holds the stores.
-    source: name of the task.
+    source: what the model is trained on: a source, several, a mixture by name or with its rates.
+      Several are taken together, as the evaluation takes them, whatever their rates.
     train_split: split to learn from.
     split: held-out split.
     train_limit: as in `measure`.
     heldout_limit: as in `measure`.
 
   Returns:
-    As `measure`.
+    As `measure`, and 'sources': their names.
 
   Raises:
-    ValueError: if there is no such store.
+    ValueError: if there is no such store, or vocabularies differ.
   """
-  train = store_lib.Store(store_lib.store_path(store_dir, source=source, split=train_split))
-  heldout = store_lib.Store(store_lib.store_path(store_dir, source=source, split=split))
+  names, train, heldout = _open(source, store_dir=store_dir, splits=(train_split, split))
   key = store_lib.combined_fingerprint(
-    [_FORMAT, train.fingerprint, heldout.fingerprint, train_limit, heldout_limit])
-  path = os.path.join(store_dir, source, f'baselines-{key[:16]}.json')
+    [_FORMAT, [s.fingerprint for s in train], [s.fingerprint for s in heldout], train_limit,
+     heldout_limit])
+  path = os.path.join(store_dir, names[0], f'baselines-{key[:16]}.json')
   try:
     with open(path, encoding='utf-8') as file:
       return json.load(file)
   except (OSError, ValueError):  # Not there yet, or torn by a kill: measure.
     pass
-  size = tables.bytes_text(min(train.text_bytes, train_limit))
+  size = tables.bytes_text(min(sum(s.text_bytes for s in train), train_limit))
   print(f'measuring unigram, gzip and xz on {size} of training text (about a second per MiB)',
         file=sys.stderr, flush=True)
-  found = measure(train, heldout=heldout, train_limit=train_limit, heldout_limit=heldout_limit)
+  found = {'sources': names, **measure(train, heldout=heldout, train_limit=train_limit,
+                                       heldout_limit=heldout_limit)}
   temporary = f'{path}.{os.getpid()}.tmp'
   try:
     with open(temporary, 'w', encoding='utf-8') as file:
@@ -237,8 +268,18 @@ def baselines(*, store_dir: str, source: str, train_split: str = 'train',
   return found
 
 
-def dry_run(*, store_dir: str, source: str, train_split: str = 'train', split: str = 'validation',
-            train_limit: int = 16 << 20, heldout_limit: int = 16 << 20) -> None:
+def _open(source: sources_lib.Sources, *, store_dir: str, splits: Sequence[str]
+          ) -> tuple[list[str], list[store_lib.Store], list[store_lib.Store]]:
+  names = sources_lib.names_of(sources_lib.named(source, store_dir=store_dir))
+  train, heldout = ([store_lib.Store(store_lib.store_path(store_dir, source=name, split=split))
+                     for name in names] for split in splits)
+  sources_lib.check_one_vocabulary(dict(zip(names, train, strict=True)))
+  return names, train, heldout
+
+
+def dry_run(*, store_dir: str, source: sources_lib.Sources, train_split: str = 'train',
+            split: str = 'validation', train_limit: int = 16 << 20,
+            heldout_limit: int = 16 << 20) -> None:
   """Says what `baselines` would read, without computing anything.
 
   Args:
@@ -249,11 +290,12 @@ def dry_run(*, store_dir: str, source: str, train_split: str = 'train', split: s
     train_limit: as in `measure`.
     heldout_limit: as in `measure`.
   """
-  for name, limit in ((train_split, train_limit), (split, heldout_limit)):
-    store = store_lib.Store(store_lib.store_path(store_dir, source=source, split=name))
-    print(f'{store.path}: {store.num_documents:,} documents, {store.num_tokens():,} tokens, '
-          f'{tables.bytes_text(store.text_bytes)} of text, of which at most '
-          f'{tables.bytes_text(limit)} for the compressors')
+  _, train, heldout = _open(source, store_dir=store_dir, splits=(train_split, split))
+  for stores, limit in ((train, train_limit), (heldout, heldout_limit)):
+    for store in stores:
+      print(f'{store.path}: {store.num_documents:,} documents, {store.num_tokens():,} tokens, '
+            f'{tables.bytes_text(store.text_bytes)} of text')
+    print(f'of it at most {tables.bytes_text(limit)} for the compressors')
 
 
 if __name__ == '__main__':

@@ -36,8 +36,8 @@ class FiniteLoader(Protocol):
     ...
 
   @property
-  def bytes(self) -> int:
-    """Bytes of text behind all batches."""
+  def bytes(self) -> int | None:
+    """Bytes of the text of all targets, None if unknown."""
     ...
 
   def __len__(self) -> int: ...
@@ -75,7 +75,8 @@ class Evaluator:
     Args:
       params: nested dict of arrays on the structure's mesh.
     Returns:
-      'loss' (nats per token), 'perplexity', 'accuracy', 'bits_per_byte', 'tokens', 'bytes'.
+      'loss' (nats per token), 'perplexity', 'accuracy', 'tokens'; and, where the loader knows the
+      bytes of the targets, 'bits_per_byte' and 'bytes'.
     Raises:
       ValueError: the loader has no token to score.
     """
@@ -88,9 +89,11 @@ class Evaluator:
     nll, tokens, hits = totals
     if tokens == 0:
       raise ValueError('the held-out data has no token to score')
-    return {'loss': nll / tokens, 'perplexity': math.exp(min(nll / tokens, 700.0)),
-            'accuracy': hits / tokens, 'tokens': tokens, 'bytes': self._loader.bytes,
-            'bits_per_byte': nll / math.log(2) / self._loader.bytes}
+    found = {'loss': nll / tokens, 'perplexity': math.exp(min(nll / tokens, 700.0)),
+             'accuracy': hits / tokens, 'tokens': tokens}
+    size = self._loader.bytes
+    return found if not size else {
+        **found, 'bytes': size, 'bits_per_byte': nll / math.log(2) / size}
 
 
 class Perplexity:
@@ -119,11 +122,18 @@ class Perplexity:
       self._evaluator = Evaluator(run.structure, self._loader)
     found = self._evaluator(step_lib.evaluation_params(train_state))
     run.write(step, {f'{self._name}/{key}': value for key, value in found.items()})
-    run.message(f'{self._name} after update {step}: {found["bits_per_byte"]:.4f} bits per byte, '
+    run.message(f'{self._name} after update {step}: {_bits_per_byte(found)}, '
                 f'loss {found["loss"]:.4f} nats per token, {found["tokens"]:,.0f} tokens')
     if jax.process_index() == 0:
       file = 'evaluation.json' if self._name == 'eval' else f'evaluation-{self._name}.json'
       write_json(os.path.join(run.workdir, file), {'step': step, **found})
+
+
+def _bits_per_byte(found: Mapping[str, float]) -> str:
+  if 'bits_per_byte' in found:
+    return f'{found["bits_per_byte"]:.4f} bits per byte'
+  return ('bits per byte unknown (the store does not say how many bytes its targets are: prepare '
+          'it again)')
 
 
 def write_json(path: str, values: Mapping[str, Any]) -> None:
@@ -154,7 +164,7 @@ def evaluate(*, model: state_lib.Model, mesh: Mesh, rules: rules_lib.Rules, load
   params = checkpoints.load_params(checkpoint, structure.shapes, step=step, which='evaluated')
   began = time.monotonic()
   found = Evaluator(structure, loader)(params)
-  print(f'{found["bits_per_byte"]:.4f} bits per byte, loss {found["loss"]:.4f} nats per token, '
+  print(f'{_bits_per_byte(found)}, loss {found["loss"]:.4f} nats per token, '
         f'perplexity {found["perplexity"]:.2f}, accuracy {found["accuracy"]:.4f} over '
         f'{found["tokens"]:,.0f} tokens in {time.monotonic() - began:.1f} s')
   if workdir is not None:

@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 
 from t5x_like import baselines, config, ledger, metrics, tables
+from t5x_like.data import sources as sources_lib
 
 _LABELS = {
   'unigram': 'unigram token model', 'gzip': '`gzip -9`, primed', 'xz': '`xz -9e`, primed',
@@ -99,22 +100,24 @@ def comparison(model: Mapping[str, Any], *, found: Mapping[str, Any]) -> list[li
   """Sets the model's bits per byte beside the baselines.
 
   Args:
-    model: 'bits_per_byte' of the evaluation.
+    model: 'bits_per_byte' of the evaluation, if there are any.
     found: as from `baselines.measure`.
 
   Returns:
     Rows of [coder, bits per byte, what the model needs relative to it].
   """
-  own = model['bits_per_byte']
-  rows = [['**this model**', f'**{own:.4f}**', '']]
+  own = model.get('bits_per_byte')
+  rows = [] if own is None else [['**this model**', f'**{own:.4f}**', '']]
   for name, value in found['bits_per_byte'].items():
-    share = 100 * (own / value - 1)
+    share = 0.0 if own is None else 100 * (own / value - 1)
     verdict = f'{abs(share):.1f} % {"fewer" if share < 0 else "more"} bits'
-    rows.append([_LABELS[name], f'{value:.4f}', verdict])
+    rows.append([_LABELS[name], f'{value:.4f}', '' if own is None else verdict])
   return rows
 
 
 def _notes(model: Mapping[str, Any], found: Mapping[str, Any]) -> list[str]:
+  if not found['bits_per_byte']:
+    return [f'There are no bits per byte: {found["unknown"]}.']
   mib = tables.bytes_text
   primed, coded = found['train_bytes_primed'], found['heldout_bytes_coded']
   notes = [
@@ -122,13 +125,19 @@ def _notes(model: Mapping[str, Any], found: Mapping[str, Any]) -> list[str]:
     f'{found["heldout_tokens"]:,} tokens. Bits per byte = code length of all their tokens, the end '
     'of each document included, over the bytes of their text.',
     f'Unigram: add-one smoothed frequencies of all {found["train_tokens"]:,} training tokens.',
-    'gzip: each document alone, with the last 32 KB of the training text as its dictionary (all '
-    'that deflate can look back on), no header counted.',
+    'gzip: each document alone, with the last 32 KB of the training text of its source as its '
+    'dictionary (all that deflate can look back on), no header counted.',
     f'xz: size(training text + held-out) - size(training text), {mib(primed)} of training text'
     + (f' (evenly spread documents of the {mib(found["train_bytes"])} there are)'
        if primed < 0.99 * found['train_bytes'] else '')
     + '. All held-out documents are one stream, so xz also learns from one for the next.',
   ]
+  if len(found['sources']) > 1:
+    notes.insert(0, f'The sources {", ".join(found["sources"])} are taken together, whatever their '
+                    'rates in training.')
+  if found['with_inputs']:
+    notes.append('Only targets count, their loss as their bytes. The model has read the inputs '
+                 'before them, which the others have not.')
   if coded < 0.99 * found['heldout_bytes']:
     notes.append(f'The compressors coded {mib(coded)} of the held-out text, evenly spread.')
   if found['documents_altered']:
@@ -171,15 +180,16 @@ def text(*, model: Mapping[str, Any] | None, found: Mapping[str, Any],
   if model is None:
     parts += ['The model was not evaluated: there is no evaluation.json here. Run '
               '`python -m t5x_like.evaluate` first.', '']
-    rows = [[_LABELS[n], f'{v:.4f}', ''] for n, v in found['bits_per_byte'].items()]
-    notes = _notes({}, found)
   else:
-    parts += [f'Held-out text at step {model["step"]:,}: **{model["bits_per_byte"]:.4f} bits per '
-              f'byte** (loss {model["loss"]:.4f} nats per token).', '']
-    rows, notes = comparison(model, found=found), _notes(model, found)
-  parts += [tables.markdown_table(('coder', 'bits per byte', 'the model needs'), rows,
-                                  align='lrl'), '',
-            *[f'- {note}' for note in notes], '', '## Training', '',
+    bits = (f'**{model["bits_per_byte"]:.4f} bits per byte** (loss {model["loss"]:.4f} nats per '
+            f'token)' if 'bits_per_byte' in model else
+            f'**loss {model["loss"]:.4f} nats per token**')
+    parts += [f'Held-out text at step {model["step"]:,}: {bits}.', '']
+  rows, notes = comparison(model or {}, found=found), _notes(model or {}, found)
+  if rows:
+    parts += [tables.markdown_table(('coder', 'bits per byte', 'the model needs'), rows,
+                                    align='lrl'), '']
+  parts += [*[f'- {note}' for note in notes], '', '## Training', '',
             tables.markdown_table(('', ''), _training_rows(records), align='lr'), '']
   if time is not None:
     parts += ['## Where the time went', '',
@@ -205,11 +215,13 @@ def write(run_dir: str, *, found: Mapping[str, Any], title: str = '') -> dict[st
   """
   records = metrics.read_jsonl(os.path.join(run_dir, 'metrics.jsonl'))
   model = _evaluation(os.path.join(run_dir, 'evaluation.json'))
+  if model is not None and 'unknown' in found:
+    model.pop('bits_per_byte', None)
   account = os.path.join(run_dir, 'ledger.jsonl')
   time = ledger.account(ledger.load(account)) if os.path.exists(account) else None
   heldout = next((name for r in records for name in r if name.endswith('bits_per_byte')), '')
   steps, values = metrics.column(records, heldout)
-  if model is not None and model['step'] not in steps:
+  if 'bits_per_byte' in (model or {}) and model is not None and model['step'] not in steps:
     steps, values = [*steps, model['step']], [*values, model['bits_per_byte']]
   loss_curve(os.path.join(run_dir, 'loss_curve.png'), train=metrics.column(records, 'loss'),
              heldout=(steps, values), title=title,
@@ -217,7 +229,7 @@ def write(run_dir: str, *, found: Mapping[str, Any], title: str = '') -> dict[st
   result = {'evaluation': model, 'baselines': dict(found),
             'training': dict(_training_rows(records)),
             'time': time.as_dict() if time else None}
-  if model is not None:
+  if model is not None and 'bits_per_byte' in model:
     result['beats'] = {name: model['bits_per_byte'] < value
                        for name, value in found['bits_per_byte'].items()}
   _replace(os.path.join(run_dir, 'report.json'), json.dumps(result, indent=1) + '\n')
@@ -234,7 +246,7 @@ def _evaluation(path: str) -> dict[str, Any] | None:
       found = json.load(file)
   except ValueError as error:
     raise ValueError(f'{path} is damaged ({error}); run the evaluation again') from error
-  missing = {'step', 'bits_per_byte', 'loss'} - set(found)
+  missing = {'step', 'loss'} - set(found)
   if missing:
     raise ValueError(f'{path} lacks {", ".join(sorted(missing))}; run the evaluation again')
   return found
@@ -247,23 +259,26 @@ def _replace(path: str, content: str) -> None:
   os.replace(temporary, path)
 
 
-def report(*, workdir: str, store_dir: str, source: str, train_split: str = 'train',
-           split: str = 'validation', train_limit: int = 16 << 20) -> None:
+def report(*, workdir: str, store_dir: str, source: sources_lib.Sources,
+           train_split: str = 'train', split: str = 'validation',
+           train_limit: int = 16 << 20) -> None:
   """Reports on a run and prints the comparison.
 
   Args:
     workdir: run directory.
     store_dir: folder that holds the token stores.
-    source: the task the model was trained on.
+    source: what the model was trained on, as in `baselines.baselines`.
     train_split: split the baselines learn from.
     split: held-out split.
     train_limit: bytes of training text the compressors are primed with, at most.
   """
   found = baselines.baselines(store_dir=store_dir, source=source, train_split=train_split,
                               split=split, train_limit=train_limit)
-  title = f'{source}: {os.path.basename(os.path.normpath(workdir))}'
+  title = f'{", ".join(found["sources"])}: {os.path.basename(os.path.normpath(workdir))}'
   result = write(workdir, found=found, title=title)
-  if result['evaluation'] is not None:
+  if not found['bits_per_byte']:
+    print(f'there are no bits per byte: {found["unknown"]}')
+  elif 'bits_per_byte' in (result['evaluation'] or {}):
     rows = [[cell.strip('*').replace('`', '') for cell in row]
             for row in comparison(result['evaluation'], found=found)]
     print(tables.text_table(('held-out text', 'bits per byte', 'the model needs'), rows,
@@ -271,8 +286,9 @@ def report(*, workdir: str, store_dir: str, source: str, train_split: str = 'tra
   print(f'wrote {os.path.join(workdir, "report.md")}, report.json and loss_curve.png')
 
 
-def dry_run(*, workdir: str, store_dir: str, source: str, train_split: str = 'train',
-            split: str = 'validation', train_limit: int = 16 << 20) -> None:
+def dry_run(*, workdir: str, store_dir: str, source: sources_lib.Sources,
+            train_split: str = 'train', split: str = 'validation',
+            train_limit: int = 16 << 20) -> None:
   """Checks that everything a report needs is there.
 
   Args:

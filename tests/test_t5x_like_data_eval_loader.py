@@ -70,6 +70,22 @@ def test_rows_of_a_process_are_those_of_the_whole(tmp_path):
       np.testing.assert_array_equal(part, whole[name][[3, 1]])
 
 
+def test_bytes_are_those_of_the_targets(tmp_path):
+  for name, said in (('said', True), ('silent', False)):
+    path, features = str(tmp_path / name / 'validation'), {'inputs': 99, 'targets': 99}
+    documents = [{'features': {'inputs': np.arange(5), 'targets': np.arange(3)}, 'text_bytes': 80,
+                  'file': 'f', 'position': i, 'hash': bytes(16),
+                  **({'feature_bytes': {'inputs': 70, 'targets': 10 + i}} if said else {})}
+                 for i in range(4)]
+    info = store.write_shard(path, index=0, documents=documents, features=features)
+    store.finish_store(path, shards=[info], features=features, task={}, vocabulary=VOCABULARY)
+  built = make(tmp_path, 'said')
+  assert built.bytes == 10 + 11 + 12 + 13
+  assert sum(built.batch(i)['loss_weights'].sum() for i in range(len(built))) == 4 * 3
+  assert make(tmp_path, 'said', max_batches=1).bytes == 10  # Of 12 tokens, one document fits whole.
+  assert make(tmp_path, 'silent').bytes is None
+
+
 def test_bad_arguments_are_named(tmp_path):
   write(tmp_path, 'a', [50], first=1)
   with pytest.raises(ValueError, match='max_batches=1 of 2 rows of 6 tokens cover no whole '

@@ -182,6 +182,9 @@ def test_records_from_every_kind_of_file(tmp_path):
   assert [built.lineage(i)['position'] for i in range(12)] == [0, 1, 2] * 4
   assert built.document_tokens(0, 'inputs').tolist() == BYTES.encode('p0')
   assert built.document_tokens(0)[-1] == 1
+  for feature, key in (('inputs', 'prompt'), ('targets', 'answer')):
+    lengths = built.feature_bytes(feature)
+    assert lengths is not None and lengths.tolist() == [len(r[key].encode()) for r in records] * 4
   assert len({built.lineage(i)['hash'] for i in range(12)}) == 3
 
 

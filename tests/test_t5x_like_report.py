@@ -88,7 +88,7 @@ def test_xz_is_xz_9e():
   documents = [text.encode() for text in sources(HELDOUT)]
   size = {t: len(lzma.compress(t, preset=9 | lzma.PRESET_EXTREME))
           for t in (train, train + b''.join(documents))}
-  found = baselines.compression_bits(documents, train=train)
+  found = baselines.compression_bits([documents], train=[train])
   assert found['xz'] == 8 * (size[train + b''.join(documents)] - size[train])
   assert found['gzip'] == baselines.gzip_bits(documents, train=train)
 
@@ -111,7 +111,7 @@ def test_measures_stores_and_keeps_the_result(stores, monkeypatch):
   assert bits['unigram'] == pytest.approx(
     baselines.unigram_bits(counts[0], heldout_counts=counts[1]) / len(heldout))
   assert bits['xz'] == baselines.compression_bits(
-    [heldout], train=''.join(sources(TRAIN)).encode())['xz'] / len(heldout)
+    [[heldout]], train=[''.join(sources(TRAIN)).encode()])['xz'] / len(heldout)
   assert 1 < bits['xz'] < bits['gzip'] < bits['unigram'] < 8
   assert found['heldout_bytes'] == found['heldout_bytes_coded'] == len(heldout)
 
@@ -130,7 +130,8 @@ def test_measures_stores_and_keeps_the_result(stores, monkeypatch):
 
 def test_a_limit_is_kept_and_reported(stores):
   train, heldout = (store_lib.Store(str(stores / 'code' / s)) for s in ('train', 'validation'))
-  found = baselines.measure(train, heldout=heldout, train_limit=train.text_bytes // 2)
+  found = {'sources': ['code'], **baselines.measure([train], heldout=[heldout],
+                                                    train_limit=train.text_bytes // 2)}
   assert 0 < found['train_bytes_primed'] < 0.8 * train.text_bytes
   assert 'evenly spread documents' in report.text(
     model={'step': 1, 'bits_per_byte': 2.0, 'loss': 1.0, 'bytes': 5}, found=found, records=[],
@@ -194,6 +195,76 @@ def test_a_run_becomes_a_report(stores, tmp_path, capsys):
   assert not list(tmp_path.glob('*.tmp'))
 
 
+def test_several_sources_are_measured_together(tmp_path, capsys):
+  build(tmp_path / 'a' / 'train', sources(TRAIN[:3]))
+  build(tmp_path / 'b' / 'train', sources(TRAIN[3:]))
+  build(tmp_path / 'a' / 'validation', sources(HELDOUT[:1]))
+  build(tmp_path / 'b' / 'validation', sources(HELDOUT[1:]))
+  (tmp_path / 'mixtures').mkdir()
+  (tmp_path / 'mixtures' / 'both.json').write_text('{"rates": {"a": 1, "b": 3}}')
+  found = baselines.baselines(store_dir=str(tmp_path), source=('b', 'a'))
+  assert found['sources'] == ['a', 'b'] and found['heldout_documents'] == len(HELDOUT)
+  train, heldout = ([t.encode() for t in sources(names)] for names in (TRAIN, HELDOUT))
+  assert found['heldout_bytes'] == sum(map(len, heldout))
+  assert found['train_bytes_primed'] == sum(map(len, train))
+  bits = found['bits_per_byte']
+  # xz reads all as one stream; gzip is primed with the text of the document's own source.
+  assert bits['xz'] * found['heldout_bytes'] == pytest.approx(8 * (
+    baselines.xz_bytes(b''.join(train + heldout)) - baselines.xz_bytes(b''.join(train))))
+  assert bits['gzip'] * found['heldout_bytes'] == pytest.approx(
+    baselines.gzip_bits(heldout[:1], train=b''.join(train[:3]))
+    + baselines.gzip_bits(heldout[1:], train=b''.join(train[3:])))
+  trained(tmp_path, steps=2)
+  assert 'measuring' in capsys.readouterr().err
+  for source in ('both', {'a': 1.0, 'b': 3.0}):
+    report.report(workdir=str(tmp_path), store_dir=str(tmp_path), source=source)
+    assert 'measuring' not in capsys.readouterr().err
+  assert 'The sources a, b are taken together' in (tmp_path / 'report.md').read_text()
+
+
+def pairs(folder, *, split, said: bool):
+  vocabulary = vocabularies.load('bytes')
+  texts = [(f'Question {i}? ' * 9, f'Answer {i}.') for i in range(20)]
+  documents = [
+    {'features': {'inputs': np.array(vocabulary.encode(q)),
+                  'targets': np.array([*vocabulary.encode(a), vocabulary.eos_id])},
+     'text_bytes': len(q) + len(a), 'file': 'a', 'position': i, 'hash': bytes(16),
+     **({'feature_bytes': {'inputs': len(q), 'targets': len(a)}} if said else {})}
+    for i, (q, a) in enumerate(texts)]
+  path, features = str(folder / 'qa' / split), {'inputs': 259, 'targets': 259}
+  info = store_lib.write_shard(path, index=0, documents=documents, features=features)
+  store_lib.finish_store(path, shards=[info], features=features, task={'name': 'qa'},
+                         vocabulary=vocabularies.describe(vocabulary, directory=path))
+  return [a for _, a in texts]
+
+
+def test_of_inputs_and_targets_only_the_bytes_of_targets_count(tmp_path):
+  answers = [pairs(tmp_path, split=s, said=True) for s in ('train', 'validation')][1]
+  found = baselines.baselines(store_dir=str(tmp_path), source='qa')
+  assert found['heldout_bytes'] == found['heldout_bytes_coded'] == len(''.join(answers))
+  assert found['documents_altered'] == 0 and found['with_inputs']
+  size = found['heldout_bytes']
+  counts = baselines.count_tokens(np.concatenate(
+    [[*vocabularies.load('bytes').encode(a), 1] for a in answers]), vocab_size=259)
+  assert found['bits_per_byte']['unigram'] == pytest.approx(
+    baselines.unigram_bits(counts, heldout_counts=counts) / size)
+  assert 'has read the inputs' in report.text(model=None, found=found, records=[], time=None)
+
+
+def test_a_store_that_does_not_say_the_bytes_of_its_targets_gets_no_bits_per_byte(tmp_path, capsys):
+  for split in ('train', 'validation'):
+    pairs(tmp_path, split=split, said=False)
+  trained(tmp_path, steps=2)
+  (tmp_path / 'evaluation.json').write_text(json.dumps(
+    {'step': 2, 'bits_per_byte': 0.1, 'loss': 2.3, 'tokens': 40, 'bytes': 9999}))
+  report.report(workdir=str(tmp_path), store_dir=str(tmp_path), source='qa')
+  assert 'does not say how many bytes of its text are targets' in capsys.readouterr().out
+  text = (tmp_path / 'report.md').read_text()
+  assert '**loss 2.3000 nats per token**' in text and 'There are no bits per byte: ' in text
+  assert '0.1000' not in text and 'gzip' not in text and '| coder' not in text
+  assert 'beats' not in json.loads((tmp_path / 'report.json').read_text())
+
+
 GIN = """
 from __gin__ import dynamic_registration
 from t5x_like import report
@@ -235,7 +306,7 @@ def test_errors_name_what_is_missing(stores, tmp_path):
     report.write(str(tmp_path), found=found)
   trained(tmp_path, steps=2)
   (tmp_path / 'evaluation.json').write_text('{"step": 2}')
-  with pytest.raises(ValueError, match='evaluation.json lacks bits_per_byte, loss'):
+  with pytest.raises(ValueError, match='evaluation.json lacks loss'):
     report.write(str(tmp_path), found=found)
   (tmp_path / 'evaluation.json').write_text('{"step": 2')
   with pytest.raises(ValueError, match='evaluation.json is damaged'):

@@ -14,6 +14,7 @@ from partitioning import mesh as mesh_lib
 from partitioning import rules
 from t5x_like import checkpoints, evaluate, losses, metrics, optim, train
 from t5x_like.data import eval_loader, loader
+from t5x_like.hooks import Run
 
 STEPS = 6
 
@@ -164,6 +165,13 @@ def test_evaluation_agrees_with_the_loss_written_out(whole, tmp_path):
   assert found['bits_per_byte'] == pytest.approx(total / np.log(2) / held_out.bytes, 1e-5)
   assert found['tokens'] == held_out.tokens
   assert json.loads((tmp_path / 'evaluation.json').read_text())['loss'] == found['loss']
+  held_out.bytes = None  # As of a store that does not say how many bytes its targets are.
+  messages, hook = [], evaluate.Perplexity(loader=held_out, every=0)
+  hook(Run(definition, described, None, str(tmp_path), 1, lambda *_: None, messages.append), 1,
+       {'params': params})
+  assert 'bits per byte unknown (the store does not say' in messages[0]
+  silent = json.loads((tmp_path / 'evaluation.json').read_text())
+  assert set(found) - set(silent) == {'bits_per_byte', 'bytes'} and silent['loss'] == found['loss']
 
 
 @pytest.mark.parametrize('changes, text', [

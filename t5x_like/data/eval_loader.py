@@ -13,8 +13,8 @@ class EvalLoader:
   """Batches that cover documents of the sources once, in order, concatenated into rows.
 
   Tokens with loss weight are those of whole documents, so that `bytes` is exactly their text: bits
-  per byte is the summed loss over these batches / (ln 2 * bytes). For stores with inputs, whose
-  tokens carry no loss, `bytes` still counts the whole text.
+  per byte is the summed loss over these batches / (ln 2 * bytes). In stores with inputs, whose
+  tokens carry no loss, that is the text of the targets; `bytes` is None if a store does not say.
 
   Args:
     sources: names, or one name, or a mapping whose rates are not used.
@@ -51,8 +51,7 @@ class EvalLoader:
     self._bounds = np.cumsum([0, *(-(-end // length) for end in self._ends)])
     self.tokens = sum(self._ends)
     self.documents = sum(self._documents)
-    self.bytes = sum(int(s.store.byte_lengths[:d].sum())
-                     for s, d in zip(self._sources, self._documents, strict=True))
+    self.bytes = self._target_bytes()
 
   def __len__(self) -> int:
     return -(-int(self._bounds[-1]) // self.batch_size)
@@ -99,6 +98,15 @@ class EvalLoader:
   def vocabulary(self) -> vocabularies.Vocabulary:
     """Returns the vocabulary of the stores: encode, decode, vocab_size, special ids."""
     return sources_lib.vocabulary_of(self._sources[0])
+
+  def _target_bytes(self) -> int | None:
+    total = 0
+    for source, documents in zip(self._sources, self._documents, strict=True):
+      lengths = source.store.feature_bytes('targets')
+      if lengths is None:
+        return None
+      total += int(lengths[:documents].sum())
+    return total
 
   def _share(self, limit: int | None) -> list[int]:
     rows = {s.name: s.objective.rows for s in self._sources}

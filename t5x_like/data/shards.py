@@ -11,13 +11,14 @@ import hashlib
 import json
 import os
 import tempfile
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from typing import Any, BinaryIO
 
 import numpy as np
 
 VERSION = 1
 MANIFEST = 'manifest.json'
+UNKNOWN = -1  # Bytes of a feature whose writer did not say.
 _COLUMNS = {'bytes': np.int64, 'position': np.int64, 'file': np.int64, 'tag': np.int64}
 
 
@@ -87,6 +88,8 @@ def write_shard(directory: str, *, index: int, documents: Iterable[Mapping[str, 
     documents: mappings with
       'features': {name: 1-D integer array}, one entry per name in `features`;
       'text_bytes': int, bytes (UTF-8) of the text the document was made from;
+      'feature_bytes': optional {name: int}, how many of them are each feature's; kept where there
+        are several features, since with one they are 'text_bytes';
       'file': str, source file, relative to the task's root so that moving the data changes nothing;
       'position': int, place of the document in that file;
       'hash': 16 bytes, content hash of the text;
@@ -229,8 +232,13 @@ def _info_file(index: int) -> str:
   return f'shard-{index:05d}.json'
 
 
-def _table_dtype(features: Iterable[str]) -> np.dtype:
-  return np.dtype([*_COLUMNS.items(), ('hash', np.uint8, 16),
+def _columns(features: Collection[str]) -> dict[str, type]:
+  several = {f'bytes.{name}': np.int64 for name in features} if len(features) > 1 else {}
+  return {**_COLUMNS, **several}
+
+
+def _table_dtype(features: Collection[str]) -> np.dtype:
+  return np.dtype([*_columns(features).items(), ('hash', np.uint8, 16),
                    *((f'length.{name}', np.int64) for name in features)])
 
 
@@ -268,8 +276,15 @@ def _write_documents(documents: Iterable[Mapping[str, Any]], *, features: Mappin
       raise ValueError(f'{where}: hash has {len(document["hash"])} bytes, 16 are needed')
     rows.append((document['text_bytes'], document['position'],
                  files.setdefault(document['file'], len(files)), tags.setdefault(tag, len(tags)),
-                 np.frombuffer(document['hash'], np.uint8), *(len(a) for a in arrays.values())))
+                 *_feature_bytes(document, features), np.frombuffer(document['hash'], np.uint8),
+                 *(len(a) for a in arrays.values())))
   return np.array(rows, _table_dtype(features)), {'files': list(files), 'tags': list(tags)}, empty
+
+
+def _feature_bytes(document: Mapping[str, Any], features: Mapping[str, int]) -> list[int]:
+  if len(features) == 1:
+    return []
+  return [document.get('feature_bytes', {}).get(name, UNKNOWN) for name in features]
 
 
 def _checked(tokens: Any, *, size: int, where: str) -> np.ndarray:
@@ -286,7 +301,7 @@ def _checked(tokens: Any, *, size: int, where: str) -> np.ndarray:
 
 def _write_tables(directory: str, shards: Sequence[ShardInfo], features: Mapping[str, int]
                   ) -> dict[str, dict[str, Any]]:
-  columns = [*_COLUMNS, 'hash', *(f'offsets.{name}' for name in features)]
+  columns = [*_columns(features), 'hash', *(f'offsets.{name}' for name in features)]
   strings: dict[str, dict[str, int]] = {'files': {}, 'tags': {}}
   ends = dict.fromkeys(features, 0)
   with contextlib.ExitStack() as stack:
@@ -300,7 +315,7 @@ def _write_tables(directory: str, shards: Sequence[ShardInfo], features: Mapping
         known = strings[kind]
         to_global = np.array([known.setdefault(n, len(known)) for n in names[kind]], np.int64)
         table[column] = to_global[table[column]] if len(table) else table[column]
-      for column in [*_COLUMNS, 'hash']:
+      for column in [*_columns(features), 'hash']:
         out[f'documents.{column}.bin'].write(np.ascontiguousarray(table[column]).tobytes())
       for name in features:
         offsets = ends[name] + np.cumsum(table[f'length.{name}'], dtype=np.int64)

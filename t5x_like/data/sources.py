@@ -128,15 +128,20 @@ def open_all(names: Sequence[str], *, store_dir: str, split: str, length: int,
     stream = Stream(store)
     opened[name] = Source(name=name, store=store, stream=stream,
                           objective=objectives.make(stream, packing=packing, length=length))
-  first = opened[names[0]]
-  for source in opened.values():
-    ours, theirs = (s.store.manifest['vocabulary'] for s in (first, source))
+  check_one_vocabulary({name: source.store for name, source in opened.items()})
+  return opened
+
+
+def check_one_vocabulary(stores: Mapping[str, store_lib.Store]) -> None:
+  """Raises ValueError if stores, by the names of their sources, have different vocabularies."""
+  first = next(iter(stores))
+  for name, store in stores.items():
+    ours, theirs = (s.manifest['vocabulary'] for s in (stores[first], store))
     if ours['fingerprint'] != theirs['fingerprint']:
       raise ValueError(
-        f'sources {first.name!r} and {source.name!r} were prepared with different vocabularies '
+        f'sources {first!r} and {name!r} were prepared with different vocabularies '
         f'({ours["kind"]} {ours["fingerprint"][:12]} and {theirs["kind"]} '
         f'{theirs["fingerprint"][:12]}): prepare both with the same one')
-  return opened
 
 
 def check_positive(**values: Any) -> None:

@@ -129,6 +129,16 @@ class Store:
     """Bytes of each document's text, int64 [num_documents]."""
     return self._table('documents.bytes.bin', np.int64)
 
+  def feature_bytes(self, feature: str = 'targets') -> np.ndarray | None:
+    """Bytes of the text of one feature of each document, int64 [num_documents], if known."""
+    if len(self.features) == 1 and feature in self.features:
+      return self.byte_lengths
+    name = f'documents.bytes.{self._name(feature)}.bin'
+    if name not in self.manifest['files']:
+      return None  # Written before stores of several features kept it.
+    found = self._table(name, np.int64)
+    return None if (found == shards_lib.UNKNOWN).any() else found
+
   @property
   def file_index(self) -> np.ndarray:
     """Index of each document's source file, int64 [num_documents]."""

@@ -250,7 +250,7 @@ class SeqioTask:
       texts[name] = text.decode(errors='replace')
     document = textfiles.document(texts, position)
     return {'features': tokens, 'text_bytes': document.bytes, 'file': file, 'position': position,
-            'hash': document.hash}
+            'feature_bytes': document.feature_bytes, 'hash': document.hash}
 
 
 def seedable(task: Any) -> Any:

@@ -60,7 +60,12 @@ class Document(NamedTuple):
   @property
   def bytes(self) -> int:
     """Bytes of all its text in UTF-8."""
-    return sum(len(t.encode()) for t in self.texts.values())
+    return sum(self.feature_bytes.values())
+
+  @property
+  def feature_bytes(self) -> dict[str, int]:
+    """Bytes of the text of each feature in UTF-8."""
+    return {name: len(text.encode()) for name, text in self.texts.items()}
 
 
 class Skipped(NamedTuple):

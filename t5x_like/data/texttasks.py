@@ -162,8 +162,8 @@ class TextTask:
     for file, document in self.read(unit.parts, split=split, skipped=skipped):
       yield {'features': {name: self._tokens(text, name, vocabulary)
                           for name, text in document.texts.items()},
-             'text_bytes': document.bytes, 'file': file.name, 'position': document.position,
-             'hash': document.hash}
+             'text_bytes': document.bytes, 'feature_bytes': document.feature_bytes,
+             'file': file.name, 'position': document.position, 'hash': document.hash}
 
   def _tokens(self, text: str, feature: str, vocabulary: vocabularies.Vocabulary) -> np.ndarray:
     ids = vocabulary.encode(text)
