@@ -18,6 +18,7 @@ _PACKAGES = [
   'partitioning',
   't5x_like',
   't5x_like.data',
+  't5x_like.interchange',
 ]
 # Our .gin files travel inside t5x_like: a top-level `gin` would hide the gin-config library.
 _GIN_FILES = 't5x_like.gin_files'

@@ -121,7 +121,58 @@ def checksums(named: Mapping[str, jax.Array]) -> dict[str, str]:
     Name to 16 hexadecimal digits.
   """
   pairs = jax.device_get({name: _digest(leaf) for name, leaf in named.items()})
-  return {name: f'{int(first):08x}{int(second):08x}' for name, (first, second) in pairs.items()}
+  return {name: sums_text((int(first), int(second))) for name, (first, second) in pairs.items()}
+
+
+_BLOCKS = (1 << 20, 1 << 12)
+
+
+@jax.jit
+def _digest_piece(x: jax.Array, start: jax.Array, count: jax.Array) -> tuple[jax.Array, ...]:
+  words, place = _words(x), jax.lax.iota(jnp.uint32, x.shape[0])
+  index, inside = start + place, place < count
+  first = jnp.where(inside, _mix(words + index * np.uint32(_GOLDEN)), np.uint32(0))
+  second = jnp.where(
+      inside, _mix(words ^ (index * np.uint32(_ODD) + np.uint32(_OFFSET))), np.uint32(0))
+  return (jnp.sum(first, dtype=jnp.uint32), jnp.sum(second, dtype=jnp.uint32),
+          jnp.sum(inside & ~jnp.isfinite(x), dtype=jnp.int32))
+
+
+class Pieces:
+  """The checksum of a float tensor that is never in memory as a whole.
+
+  Attributes:
+    sums: the two sums so far; those of several `Pieces` of one tensor may be added.
+    not_finite: NaN and infinite values so far.
+  """
+
+  def __init__(self, sums: tuple[int, int] = (0, 0)):
+    self.sums, self.not_finite = sums, 0
+
+  def add(self, piece: np.ndarray, start: int) -> None:
+    """Adds a piece; each element once, in any order.
+
+    Args:
+      piece: contiguous, of a float dtype of 16 or 32 bits, any shape.
+      start: index of its first element in the whole tensor, flattened.
+    """
+    flat, at = piece.reshape(-1), 0
+    while at < flat.size:
+      size = _BLOCKS[0] if flat.size - at >= _BLOCKS[0] // 16 else _BLOCKS[1]
+      part = flat[at:at + size]
+      count = part.size
+      if count < size:
+        part = np.concatenate([part, np.zeros(size - count, part.dtype)])
+      found = _digest_piece(part, np.uint32((start + at) % 2**32), np.uint32(count))
+      first, second, bad = (int(n) for n in jax.device_get(found))
+      self.sums = ((self.sums[0] + first) % 2**32, (self.sums[1] + second) % 2**32)
+      self.not_finite += bad
+      at += count
+
+
+def sums_text(sums: tuple[int, int]) -> str:
+  """The two sums as the checksum a manifest holds."""
+  return f'{sums[0]:08x}{sums[1]:08x}'
 
 
 def seal(body: Mapping[str, Any]) -> dict[str, Any]:

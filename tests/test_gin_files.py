@@ -216,7 +216,18 @@ _SMALL = {'BATCH_SIZE': 4, 'LENGTH': 16, 'WARMUP_STEPS': 1, 'EVAL_BATCHES': 2,
           'mesh.make_mesh.devices': 1}
 
 
-@pytest.mark.parametrize('name', _in('runs'))
+# Wirings of other commands than train, and the tests that run them.
+_ELSEWHERE = {'runs/convert.gin': 'test_t5x_like_interchange_importing.py',
+              'runs/generate.gin': 'test_t5x_like_interchange_importing.py'}
+
+
+@pytest.mark.parametrize('name', _ELSEWHERE)
+def test_files_of_other_commands_are_tried_elsewhere(name):
+  assert 'train.train.' not in _whole(name)
+  assert f'--gin_file={name}' in (_ROOT / 'tests' / _ELSEWHERE[name]).read_text()
+
+
+@pytest.mark.parametrize('name', [name for name in _in('runs') if name not in _ELSEWHERE])
 def test_run_files_train_two_steps(stores, tmp_path, name):
   files = [name, *([_TINY] if '\nMODEL = @' not in _whole(name) else [])]
   settings = {**_SMALL, 'MODEL_DIR': f'"{tmp_path / "run"}"', 'STORE_DIR': f'"{stores}"',

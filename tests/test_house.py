@@ -22,7 +22,8 @@ _ALLOWED = {
   'partitioning': set(),
   'models': {'partitioning'},
   't5x_like.data': {'t5x_like.names'},
-  't5x_like': {'t5x_like.data', 'models', 'partitioning'},
+  't5x_like': {'t5x_like.data', 't5x_like.interchange', 'models', 'partitioning'},
+  't5x_like.interchange': {'t5x_like', 't5x_like.data', 'models', 'partitioning'},
   't5x_like.serve': {'t5x_like', 't5x_like.data', 'models', 'partitioning'},
   't5x_like.tune': {'t5x_like', 't5x_like.data', 'models', 'partitioning'},
   'experiments': {

@@ -29,12 +29,12 @@ class Progress:
     """Notes bytes that were done before, which say nothing about the speed."""
     self._kept = done
 
-  def update(self, done: int, tokens: int) -> None:
+  def update(self, done: int, tokens: int | None = None) -> None:
     """Draws if it is time to.
 
     Args:
       done: bytes of input done, kept ones included.
-      tokens: tokens written, kept ones included.
+      tokens: tokens written, kept ones included; None where there are none.
     """
     now = time.monotonic()
     if now < self._next:
@@ -44,8 +44,9 @@ class Progress:
     speed = (done - self._kept) / (now - self._begin)
     left = f'{duration((self._total - done) / speed)} left' if speed else 'starting'
     share = done / self._total if self._total else 1.0
+    counted = '' if tokens is None else f'{tokens:,} tokens, '
     text = (f'{self._label}: {share:4.0%} {done / 1e6:,.1f} of {self._total / 1e6:,.1f} MB, '
-            f'{speed / 1e6:.1f} MB/s, {tokens:,} tokens, {left}')
+            f'{speed / 1e6:.1f} MB/s, {counted}{left}')
     self._stream.write(f'\r\033[K{text}' if self._terminal else f'{text}\n')
     self._stream.flush()
 

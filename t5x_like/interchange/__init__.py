@@ -1,0 +1,1 @@
+"""Models in Hugging Face format in and out, tensor by tensor; the command is t5x_like.convert."""

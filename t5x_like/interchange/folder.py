@@ -1,0 +1,129 @@
+"""A folder in Hugging Face format: its settings, its family, its tensors, its other files."""
+
+import dataclasses
+import hashlib
+import json
+import os
+import shutil
+import sys
+from typing import Any, Literal
+
+from models.hf import family as family_lib
+from models.hf import files, table
+from models.hf.settings import Settings
+from t5x_like.state import Structure
+
+CONFIG = 'config.json'
+# What an export needs besides the weights; all of it is small.
+KEPT = (CONFIG, 'generation_config.json', 'tokenizer.json', 'tokenizer.model', 'spiece.model',
+        'vocab.json', 'vocab.txt', 'merges.txt', 'special_tokens_map.json', 'added_tokens.json',
+        'tokenizer_config.json', 'chat_template.jinja')
+Unknown = Literal['refuse', 'ignore']
+
+
+@dataclasses.dataclass(frozen=True)
+class Folder:
+  """What is known of a folder before a tensor is read.
+
+  Attributes:
+    path: of the folder.
+    family: by its `model_type`.
+    config: ours.
+    values: its parsed config.json.
+    stored: its tensors by name.
+  """
+
+  path: str
+  family: family_lib.Family
+  config: Any
+  values: dict[str, Any]
+  stored: dict[str, files.Stored]
+
+  def fingerprint(self, **more: Any) -> str:
+    """A hash that changes with the settings, any file's size or time, and anything in `more`."""
+    stamps = {}
+    for path in sorted({tensor.path for tensor in self.stored.values()}):
+      found = os.stat(path)
+      stamps[os.path.basename(path)] = [found.st_size, found.st_mtime_ns]
+    text = json.dumps([self.values, stamps, more], sort_keys=True, default=str)
+    return hashlib.sha256(text.encode()).hexdigest()
+
+  def keep(self, target: str) -> None:
+    """Copies settings and tokenizer files, whose absence is no error."""
+    os.makedirs(target, exist_ok=True)
+    for name in KEPT:
+      if os.path.isfile(os.path.join(self.path, name)):
+        shutil.copyfile(os.path.join(self.path, name), os.path.join(target, name))
+
+
+def settings(path: str) -> Settings:
+  """The settings of a folder.
+
+  Args:
+    path: of the folder.
+  Raises:
+    ValueError: no such folder, no config.json, or one that is not a JSON object.
+  """
+  where = os.path.join(path, CONFIG)
+  try:
+    with open(where, encoding='utf-8') as file:
+      values = json.load(file)
+  except FileNotFoundError:
+    what = f'no {CONFIG} in it' if os.path.isdir(path) else 'no such folder'
+    raise ValueError(f'{path}: {what}; give the folder that holds {CONFIG} and the '
+                     f'.safetensors files') from None
+  except ValueError as error:
+    raise ValueError(f'{where} is not JSON: {error}') from None
+  if not isinstance(values, dict):
+    raise ValueError(f'{where} must hold a JSON object, got {type(values).__name__}')
+  return Settings(values, where)
+
+
+def configuration(read: Settings, unknown: Unknown = 'refuse') -> tuple[family_lib.Family, Any]:
+  """The family and our configuration of settings.
+
+  Args:
+    read: from `settings`.
+    unknown: what happens where config.json says something that we do not read: 'refuse', or
+      'ignore' it with a note.
+  Raises:
+    ValueError: no such family, a setting is missing, unsupported or unknown.
+  """
+  if unknown not in ('refuse', 'ignore'):
+    raise ValueError(f"unknown={unknown!r}; allowed: 'refuse', 'ignore'")
+  family = family_lib.of_settings(read.values, read.where)
+  config = family.read(read)
+  left = read.unread()
+  if left:
+    listed = ', '.join(f'{name}={read.values[name]!r}' for name in left)
+    if unknown == 'refuse':
+      raise ValueError(f'{read.where}: {family.name} does not know {listed}; they may change what '
+                       f'the model computes. If they do not, pass --unknown=ignore')
+    print(f'note: {read.where}: ignored {listed}', file=sys.stderr)
+  return family, config
+
+
+def load(path: str, unknown: Unknown = 'refuse') -> Folder:
+  """Reads everything about a folder but its tensors' values.
+
+  Args:
+    path: of the folder.
+    unknown: see `configuration`.
+  Raises:
+    ValueError: what is wrong with the settings or the files.
+  """
+  path = os.path.abspath(os.path.expanduser(path))
+  read = settings(path)
+  family, config = configuration(read, unknown)
+  stored = files.tensors(path)
+  kinds = {s.dtype for s in stored.values()}
+  # 'auto' kinds of computing follow the file: what was trained in 16 bits runs in bfloat16.
+  dtype = 'bfloat16' if 'BF16' in kinds else 'float32'
+  config = dataclasses.replace(config, **{
+      f.name: dtype for f in dataclasses.fields(config) if f.name == 'dtype'})
+  return Folder(path, family, config, read.values, stored)
+
+
+def leaves(structure: Structure) -> dict[str, table.Leaf]:
+  """Our parameters as a name table sees them."""
+  return {row['path']: table.Leaf(row['axes'], row['shape']) for row in structure.rows()}

@@ -1,0 +1,183 @@
+"""Importing a folder in Hugging Face format: what arrives, what a kill leaves, what is refused."""
+
+import json
+import os
+import pathlib
+import shutil
+import signal
+import subprocess
+import sys
+
+import golden_hf
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import toy
+
+from models.hf import family as family_lib
+from models.hf import tree
+from t5x_like import checkpoints, config, integrity, state
+from t5x_like.interchange import arguments, arrays, importing
+
+_KNOWN = {kind for family in family_lib.families().values() for kind in family.model_types}
+NAMES = sorted(
+    path.parent.name for path in golden_hf.FOLDER.glob('*/io.npz')
+    if json.loads((path.parent / 'config.json').read_text()).get('model_type') in _KNOWN)
+_LLAMA = golden_hf.FOLDER / 'llama2_gqa'
+
+
+@pytest.fixture(autouse=True)
+def forget():
+  yield
+  config.clear()
+
+
+def _import(*argv: str) -> int:
+  command, rest = arguments.split(['import', *argv])
+  assert command == 'import'
+  return config.run('t5x_like.convert.import_model', rest, flags=arguments.IMPORT)
+
+
+def _copy(tmp_path, name: str = 'llama2_gqa') -> pathlib.Path:
+  return pathlib.Path(shutil.copytree(golden_hf.FOLDER / name, tmp_path / 'theirs'))
+
+
+def test_sums_of_pieces_are_the_checksum_of_the_whole():
+  whole = np.random.default_rng(0).normal(size=(3, 70_001)).astype(np.float32)
+  for dtype in (np.float32, np.float16, jnp.bfloat16):
+    x = whole.astype(dtype)
+    pieces = integrity.Pieces()
+    for row in (2, 0, 1):
+      pieces.add(x[row], row * x.shape[1])
+    assert integrity.sums_text(pieces.sums) == integrity.checksums({'x': jnp.asarray(x)})['x']
+    assert pieces.not_finite == 0
+
+
+@pytest.mark.parametrize('name', NAMES)
+def test_parameters_are_those_of_the_files(name, tmp_path):
+  out = importing.import_folder(str(golden_hf.FOLDER / name), out=str(tmp_path / 'out'))
+  structure = golden_hf.structure(name)
+  wanted = tree.from_tensors(golden_hf.family(name), golden_hf.config(name),
+                             golden_hf.leaves(structure), golden_hf.stored(name))
+  found = state.path_dict(checkpoints.load_params(out, structure.shapes))
+  assert found.keys() == wanted.keys()
+  for path, value in wanted.items():
+    np.testing.assert_array_equal(np.asarray(found[path]), value, err_msg=path)
+
+
+def test_generate_continues_an_import_as_the_reference_does(tmp_path, capsys):
+  out = tmp_path / 'llama'
+  assert _import(str(_LLAMA), '--out', str(out)) == 0
+  io = golden_hf.outputs('llama2_gqa')
+  ids, new = io['gen_prompt_ids'][0].tolist(), io['gen_new_ids'][0].tolist()
+  # Ids as text, so that the numbers of the reference can be given and read.
+  capsys.readouterr()
+  status = config.run('t5x_like.generate.generate', [
+      '--gin_file=runs/generate.gin', f'--gin_file={out}/model.gin', f'--gin.MODEL_DIR="{out}"',
+      f'--gin.BOS_ID={ids[0]}', '--module=t5x_like.decode',
+      '--gin.generate.generate.vocabulary=@vocabularies.IdVocabulary()',
+      '--gin.vocabularies.IdVocabulary.vocab_size=128',
+      '--gin.generate.generate.sampling=@t5x_like.decode.Sampling()',
+      '--gin.t5x_like.decode.Sampling.temperature=0.0', '--prompt', ' '.join(map(str, ids[1:])),
+      '--new_tokens', str(len(new))], flags={'prompt': str, 'new_tokens': int})
+  printed = capsys.readouterr()
+  assert status == 0, printed.err
+  assert printed.out.split('\n---')[0] == ' '.join(map(str, ids[1:])) + ' '.join(map(str, new))
+
+
+def test_settings_and_tokenizer_files_are_kept(tmp_path):
+  theirs = _copy(tmp_path)
+  names = ('tokenizer.json', 'tokenizer.model')
+  for name in names:
+    shutil.copy(golden_hf.FOLDER / 'tokenizers' / 'sp_bpe_llama' / name, theirs)
+  (theirs / 'generation_config.json').write_text('{"bos_token_id": 1}')
+  out = pathlib.Path(importing.import_folder(str(theirs), out=str(tmp_path / 'out')))
+  for name in (*names, 'generation_config.json', 'config.json'):
+    assert (out / 'hf' / name).read_bytes() == (theirs / name).read_bytes()
+  assert sorted(p.name for p in out.iterdir()) == ['0', 'hf', 'model.gin']
+
+
+def test_import_onto_a_mesh_follows_its_shards_and_restores_there(tmp_path, monkeypatch):
+  monkeypatch.setattr(arrays, 'SLAB', 1 << 9)
+  out = tmp_path / 'out'
+  assert _import(str(_LLAMA), '--out', str(out), '--gin_file=runs/convert.gin',
+                 '--gin_file=mesh/fsdp_tensor.gin', '--gin.mesh.make_mesh.devices=4') == 0
+  written = json.loads((out / '0/state/params.layers.mlp.up.kernel/.zarray').read_text())
+  # Two ways fsdp over embed, two ways tensor over mlp, and slabs of 512 bytes.
+  assert written['shape'] == [2, 32, 72] and written['chunks'] == [1, 1, 36]
+  structure = golden_hf.structure('llama2_gqa', devices=8)
+  abstract = {'params': structure.shapes}
+  with checkpoints.Checkpointer(out, every=1) as keeper:
+    restored = keeper.restore(abstract)
+  assert restored is not None
+  step, found, extra = restored
+  assert step == 0 and extra['imported'] == {
+      'family': 'llama', 'model_type': 'llama', 'dtype': 'F32', 'other_dtypes': {}}
+  assert toy.tree_equal(found['params'], golden_hf.params('llama2_gqa', structure))
+
+
+def test_dtype_is_that_of_the_files_unless_asked_for(tmp_path):
+  theirs, structure = str(golden_hf.FOLDER / 'llama_sharded_bf16'), golden_hf.structure(
+      'llama_sharded_bf16')
+  cases: list[tuple[importing.DType, str]] = [
+      ('as_stored', 'bfloat16'), ('float32', 'float32')]
+  for dtype, stored in cases:
+    out = importing.import_folder(theirs, out=str(tmp_path / dtype), dtype=dtype)
+    abstract = {'params': jax.tree.map(lambda x, d=stored: jax.ShapeDtypeStruct(x.shape, d),
+                                       structure.shapes)}
+    with checkpoints.Checkpointer(out, every=1) as keeper:
+      assert keeper.restore(abstract) is not None
+
+
+_KILLED = """
+import os, signal, sys
+from t5x_like.interchange import importing
+write, left = importing._Job._write, [int(sys.argv[3])]
+def killed(self, place, name):
+  if not left[0]:
+    os.kill(os.getpid(), signal.SIGKILL)
+  left[0] -= 1
+  return write(self, place, name)
+importing._Job._write = killed
+if sys.argv[4] == 'frame':
+  importing.modelfile.text = lambda *a, **k: os.kill(os.getpid(), signal.SIGKILL)
+importing.import_folder(sys.argv[1], out=sys.argv[2])
+"""
+
+
+@pytest.mark.parametrize('after, where', [(5, 'tensor'), (99, 'frame')])
+def test_a_killed_import_goes_on_without_writing_finished_tensors_again(
+    tmp_path, after, where, monkeypatch, capsys):
+  out = tmp_path / 'out'
+  killed = subprocess.run(
+      [sys.executable, '-c', _KILLED, str(_LLAMA), str(out), str(after), where],
+      env={**os.environ, 'PYTHONPATH': str(pathlib.Path(__file__).parent.parent)}, check=False)
+  assert killed.returncode == -signal.SIGKILL and not out.exists()
+  written, write = [], importing._Job._write
+  monkeypatch.setattr(importing._Job, '_write', lambda self, place, name: (
+      written.append(name), write(self, place, name))[1])
+  importing.import_folder(str(_LLAMA), out=str(out))
+  total = len(golden_hf.stored('llama2_gqa'))
+  assert len(written) == max(0, total - after)
+  assert f'going on after {min(after, total)} of {total} tensors' in capsys.readouterr().err
+  structure = golden_hf.structure('llama2_gqa')
+  assert toy.tree_equal(checkpoints.load_params(out, structure.shapes),
+                        golden_hf.params('llama2_gqa', structure))
+  assert os.listdir(tmp_path) == ['out']
+
+
+def test_an_interrupted_import_of_other_files_starts_over(tmp_path, monkeypatch):
+  theirs, out, write = _copy(tmp_path), tmp_path / 'out', importing._Job._write
+  def fails(self, place, name):
+    raise OSError('disk full')
+  monkeypatch.setattr(importing._Job, '_write', fails)
+  with pytest.raises(OSError, match='disk full'):
+    importing.import_folder(str(theirs), out=str(out))
+  assert not out.exists() and (tmp_path / 'out.partial').exists()
+  (theirs / 'model.safetensors').touch()
+  written = []
+  monkeypatch.setattr(importing._Job, '_write', lambda self, place, name: (
+      written.append(name), write(self, place, name))[1])
+  importing.import_folder(str(theirs), out=str(out))
+  assert len(written) == len(golden_hf.stored('llama2_gqa'))
