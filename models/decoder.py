@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, Int, Key
 
-from models import attention, cache, layers, positions
+from models import attention, cache, layers, moe, positions
 from models.config import DecoderConfig
 from partitioning import rules
 
@@ -41,11 +41,12 @@ class Block(nnx.Module):
     self.norm2 = norm(before and config.block != 'parallel')
     self.after1, self.after2 = norm(after), norm(after)
     self.attention = attention.Attention(config, rngs, out_scale=scale)
-    self.mlp = layers.MLP(config, rngs, out_scale=scale)
+    one = layers.MLP if config.experts is None else moe.Experts
+    self.mlp = one(config, rngs, out_scale=scale)
 
   def __call__(self, x: Float[Array, 'B L D'], *, mask: attention.Mask, rotary: tuple | None,
                cached: tuple | None, key: Key[Array, ''] | None
-               ) -> tuple[Float[Array, 'B L D'], tuple | None]:
+               ) -> tuple[Float[Array, 'B L D'], tuple | None, moe.Routed | None]:
     rate, residual = self.config.dropout, self.config.norms == 'residual'
     keys = (None, None) if key is None else jax.random.split(key)
     h = _maybe(self.norm1, x)
@@ -55,15 +56,21 @@ class Block(nnx.Module):
     attended = layers.dropout(attended, rate, keys[0])
     if self.config.block != 'serial':
       h = h if self.norm2 is None else self.norm2(x)
-      x = x + attended + layers.dropout(self.mlp(h), rate, keys[1])
-      return rules.constrain(x, 'batch', 'length', 'embed'), cached
+      made, routed = self._mlp(h, mask)
+      x = x + attended + layers.dropout(made, rate, keys[1])
+      return rules.constrain(x, 'batch', 'length', 'embed'), cached, routed
     x = _maybe(self.after1, x + attended) if residual else x + attended
-    made = self.mlp(_maybe(self.norm2, x))
+    made, routed = self._mlp(_maybe(self.norm2, x), mask)
     if not residual:
       made = _maybe(self.after2, made)
     x = x + layers.dropout(made, rate, keys[1])
     x = _maybe(self.after2, x) if residual else x
-    return rules.constrain(x, 'batch', 'length', 'embed'), cached
+    return rules.constrain(x, 'batch', 'length', 'embed'), cached, routed
+
+  def _mlp(self, x: jax.Array, mask: attention.Mask) -> tuple[jax.Array, moe.Routed | None]:
+    if isinstance(self.mlp, moe.Experts):
+      return self.mlp(x, None if mask.queries is None else mask.queries > 0)
+    return self.mlp(x), None
 
 
 def _maybe(norm: layers.Norm | None, x: jax.Array) -> jax.Array:
@@ -118,9 +125,33 @@ class Decoder(nnx.Module):
     Returns:
       float32 logits.
     """
+    return self._whole(inputs, positions, segment_ids, dropout_key)[0]
+
+  def logits_and_router(self, inputs: Int[Array, 'B L'], *,
+                        positions: Int[Array, 'B L'] | None = None,
+                        segment_ids: Int[Array, 'B L'] | None = None,
+                        dropout_key: Key[Array, ''] | None = None
+                        ) -> tuple[Float[Array, 'B L V'], moe.Routed]:
+    """What a call returns, and what the routers of all layers decided.
+
+    Args:
+      inputs: as in a call.
+      positions: as in a call.
+      segment_ids: as in a call.
+      dropout_key: as in a call.
+    Raises:
+      ValueError: the configuration has no experts.
+    """
+    if self.config.experts is None:
+      raise ValueError('the model has no router: DecoderConfig.experts is None; set it, or leave '
+                       'balance_loss and router_z_loss at 0')
+    logits, _, routed = self._whole(inputs, positions, segment_ids, dropout_key)
+    return logits, routed
+
+  def _whole(self, inputs, positions, segment_ids, dropout_key):
     _check_length(self.config, inputs.shape[1])
     mask = attention.Mask(segment_ids, segment_ids, window=self.config.window)
-    return self._run(inputs, positions, mask, None, dropout_key)[0]
+    return self._run(inputs, positions, mask, None, dropout_key)
 
   def decode(self, inputs: Int[Array, 'B L'], past: cache.Cache, *,
              positions: Int[Array, 'B L'], segment_ids: Int[Array, 'B L']
@@ -137,11 +168,11 @@ class Decoder(nnx.Module):
     """
     segments = jax.lax.dynamic_update_slice_in_dim(past.segments, segment_ids, past.index, 1)
     mask = attention.Mask(segment_ids, segments, past.index, window=self.config.window)
-    logits, stacked = self._run(inputs, positions, mask, (past.key, past.value), None)
+    logits, stacked, _ = self._run(inputs, positions, mask, (past.key, past.value), None)
     keys, values = stacked
     return logits, cache.Cache(keys, values, segments, past.index + inputs.shape[1])
 
-  def _run(self, inputs, positions_BL, mask, cached, key) -> tuple[jax.Array, Any]:
+  def _run(self, inputs, positions_BL, mask, cached, key) -> tuple[jax.Array, Any, Any]:
     config = self.config
     if positions_BL is None:
       positions_BL = jnp.broadcast_to(
@@ -155,7 +186,7 @@ class Decoder(nnx.Module):
       x = layers.dropout(x, config.dropout, input_key)
       layer_keys = jax.random.split(layer_key, config.layers)
     tables = positions.rotary_tables(config, positions_BL)
-    x, cached = self._loop(x, cached, layer_keys, mask=mask, tables=tables)
+    x, (cached, routed) = self._loop(x, cached, layer_keys, mask=mask, tables=tables)
     x = self.norm(x)
     logits = self.embed.attend(x) if self.head is None else self.head(x, ('vocab',))
     if self.head_bias is not None:
@@ -164,7 +195,7 @@ class Decoder(nnx.Module):
     logits = rules.constrain(logits.astype(jnp.float32), 'batch', 'length', 'vocab')
     if config.logit_softcap is not None:
       logits = jnp.tanh(logits / config.logit_softcap) * config.logit_softcap
-    return logits, cached
+    return logits, cached, routed
 
   def _loop(self, x, cached, layer_keys, *, mask, tables):
     config = self.config
@@ -174,9 +205,10 @@ class Decoder(nnx.Module):
     def body(local, x, per_layer):
       p, past, key, flag = per_layer
       local = flag if local is None else local
-      return nnx.merge(graphdef, p)(
+      x, *kept = nnx.merge(graphdef, p)(
           x, mask=dataclasses.replace(mask, windowed=local), rotary=_select(tables, local),
           cached=past, key=key)
+      return x, tuple(kept)
 
     scanned = config.layer_loop == 'scan'
     if config.remat != 'none':
@@ -194,7 +226,7 @@ class Decoder(nnx.Module):
       key = None if layer_keys is None else layer_keys[i]
       x, out = body(config.local[i], x, (p, past, key, None))
       outs.append(out)
-    return x, None if cached is None else jax.tree.map(lambda *a: jnp.stack(a), *outs)
+    return x, jax.tree.map(lambda *a: jnp.stack(a), *outs)
 
 
 def _check_length(config: DecoderConfig, length: int) -> None:

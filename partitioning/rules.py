@@ -23,7 +23,8 @@ VOCABULARY = {
     'layers': 'stacked layers', 'vocab': 'vocabulary entries', 'embed': 'residual stream',
     'heads': 'query heads', 'kv_heads': 'key and value heads', 'head_dim': 'width of a head',
     'mlp': 'hidden width of the MLP', 'position': 'learned positions', 'norm': 'norm scales',
-    'batch': 'rows of a batch', 'length': 'tokens of a row',
+    'experts': 'MLPs of a mixture of experts', 'batch': 'rows of a batch',
+    'length': 'tokens of a row',
 }
 
 
@@ -321,3 +322,44 @@ def per_shard(fn: Callable[..., jax.Array], arrays: Sequence[jax.Array | None], 
 
   return jax.shard_map(call, mesh=mesh, in_specs=specs, out_specs=layout(out, arrays[0]),
                        check_vma=False)(*(x for _, x in present))
+
+
+def per_device(fn: Callable[..., tuple[jax.Array, ...]], arrays: Sequence[jax.Array | None], *,
+               ins: Sequence[tuple[str, ...]], outs: Sequence[tuple[str, ...]], summed: str
+               ) -> tuple[jax.Array, ...]:
+  """Runs `fn` on each device's rows and its part of one dimension that `fn` reduces over.
+
+  Every other dimension is whole on every device: rows may be sorted or grouped as they come.
+
+  Args:
+    fn: called with `add_up`, which adds a partial result up over the parts of `summed`, and the
+      arrays.
+    arrays: arrays, or None passed through.
+    ins: logical axes of each array.
+    outs: logical axes of each result; those of the batch are split as the batch is.
+    summed: logical axis of the dimension reduced over.
+  Returns:
+    What `fn` returns; without a mesh, `fn` is simply called.
+  """
+  active = _active()
+  if active is None:
+    return fn(lambda x: x, *arrays)
+  rules, mesh = active
+  sizes = {name: size for axes, x in zip(ins, arrays, strict=True) if x is not None
+           for name, size in zip(axes, x.shape, strict=True)}
+  way = lambda name: spec((name,), (sizes[name],), rules.activations, mesh, fit=True)[0]
+  rows, parts = way('batch'), way(summed)
+  if set(_as_tuple(rows)) & set(_as_tuple(parts)):
+    parts = None
+  layout = lambda axes: PartitionSpec(*({'batch': rows, summed: parts}.get(a) for a in axes))
+  present = [(layout(axes), x) for axes, x in zip(ins, arrays, strict=True) if x is not None]
+  given = [x if not mesh.are_all_axes_explicit else jax.sharding.reshard(x, where)
+           for where, x in present]
+
+  def call(*shards: jax.Array) -> tuple[jax.Array, ...]:
+    rest = iter(shards)
+    return fn(lambda x: x if parts is None else jax.lax.psum(x, parts),
+              *(None if x is None else next(rest) for x in arrays))
+
+  return jax.shard_map(call, mesh=mesh, in_specs=tuple(where for where, _ in present),
+                       out_specs=tuple(map(layout, outs)), check_vma=False)(*given)

@@ -1,0 +1,47 @@
+"""Mixtral (arXiv:2401.04088): a Mistral whose MLPs are mixtures of experts."""
+
+from typing import Any
+
+from models.config import DecoderConfig
+from models.decoder import DecoderLM
+from models.hf import llama, names
+from models.hf.family import Family
+from models.hf.settings import Settings
+from models.hf.table import Row, row
+
+
+def _read(c: Settings) -> DecoderConfig:
+  head_dim = c.get('head_dim', default=None) or c.get('hidden_size') // c.get('num_attention_heads')
+  length = c.get('max_position_embeddings', default=131072)
+  return llama.read(
+      c, experts=c.get('num_local_experts', 'num_experts', default=8), max_length=length,
+      experts_per_token=c.get('num_experts_per_tok', default=2),
+      norm_eps=c.get('rms_norm_eps', default=1e-5),
+      **c.rope(head_dim=head_dim, max_length=length, theta=1e6),
+      **c.windows(layers=c.get('num_hidden_layers'), default='local'))
+
+
+def _write(config: DecoderConfig) -> dict[str, Any]:
+  names.require(config, 'mixtral', biases=(), router_weights='renormalised')
+  return {**names.llama_settings(config), 'num_local_experts': config.experts,
+          'num_experts_per_tok': config.experts_per_token, 'sliding_window': config.window}
+
+
+def _rows(config: DecoderConfig) -> list[Row]:
+  where = 'model.layers.{layer}'
+  expert = f'{where}.block_sparse_moe.experts.{{expert}}'
+  return [*names.llama_body(config),
+          row(f'{where}.block_sparse_moe.gate.weight', 'layers/mlp/router/kernel',
+              'experts embed'),
+          row(f'{expert}.w1.weight', 'layers/mlp/gate/kernel', 'mlp embed'),
+          row(f'{expert}.w3.weight', 'layers/mlp/up/kernel', 'mlp embed'),
+          row(f'{expert}.w2.weight', 'layers/mlp/down/kernel', 'embed mlp'),
+          *names.norm(f'{where}.input_layernorm', 'layers/norm1', config),
+          *names.norm(f'{where}.post_attention_layernorm', 'layers/norm2', config)]
+
+
+FAMILIES = (Family(
+    name='mixtral', model_types=('mixtral',), architecture='MixtralForCausalLM', read=_read,
+    write=_write, rows=_rows, model=DecoderLM, older=names.older_rope,
+    renames=((r'\.mlp\.(gate|experts\.\d+\.)', r'.block_sparse_moe.\1'),),
+    ignored=llama.IGNORED),)
