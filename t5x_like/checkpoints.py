@@ -99,6 +99,27 @@ class Checkpointer:
       return self.last_error is None
     return True
 
+  def finish(self, step: int, state: Any, *, extra: Mapping[str, Any]) -> None:
+    """Saves a state, due or not, that no later save would make up for, and waits for it.
+
+    Args:
+      step: finished steps.
+      state: tree of arrays.
+      extra: JSON values stored in the same checkpoint.
+
+    Raises:
+      OSError: it could not be written, nor at a second attempt.
+    """
+    for _ in range(2):
+      self.save(step, state, extra=extra, force=True)
+      self.wait()
+      if _everywhere(self.last_error is None):
+        return
+    raise OSError(
+        f'the state after update {step} is not saved, tried twice: {_brief_of(self.last_error)}. '
+        f'Make room or mend {self.directory}, then run the same command again; complete '
+        f'checkpoints there: {_list_or_none(self.directory)}')
+
   def restore(self, abstract_state: Any, *, step: int | None = None
               ) -> tuple[int, Any, dict[str, Any]] | None:
     """Restores the newest good checkpoint onto the shardings of the abstract state.
@@ -150,16 +171,19 @@ class Checkpointer:
   def _finish(self, step: int) -> None:
     try:
       self._writer.wait_until_finished()
-      self.last_error = None
-      self._prune()
     except Exception as error:  # In a thread an exception would go unseen.
       self._failed(step, error)
+      return
+    self.last_error = None
+    try:
+      self._prune()
+    except Exception as error:
+      _tell(f'could not remove old checkpoints from {self.directory}: {_brief_of(error)}')
 
   def _failed(self, step: int, error: Exception) -> None:
     self.last_error, self._unclean = error, True
-    _tell(f'checkpoint {self.directory / str(step)} was NOT saved: {type(error).__name__}: '
-          f'{_brief(error)}. Training goes on; the next save tries again. Complete checkpoints: '
-          f'{_list_or_none(self.directory)}')
+    _tell(f'checkpoint {self.directory / str(step)} was NOT saved: {_brief_of(error)}. '
+          f'The next save tries again. Complete checkpoints: {_list_or_none(self.directory)}')
     try:
       self._clean()
     except OSError as again:
@@ -333,6 +357,10 @@ def _list_or_none(directory: epath.Path) -> str:
     return str(_steps(directory) or 'none')
   except OSError:
     return 'unknown (the directory cannot be read)'
+
+
+def _brief_of(error: BaseException | None) -> str:
+  return 'another process failed' if error is None else f'{type(error).__name__}: {_brief(error)}'
 
 
 def _brief(error: BaseException) -> str:

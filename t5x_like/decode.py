@@ -164,6 +164,13 @@ class Samples:
     """After the last update, and at multiples of `every`."""
     return last or (self._every > 0 and step % self._every == 0)
 
+  def check(self, *, model: Any, loader: Any) -> None:
+    """Raises ValueError where the model or the data lack what sampling needs."""
+    for part, name in ((model, 'empty_cache'), (loader, 'vocabulary'), (loader, 'bos_id')):
+      if not hasattr(part, name):
+        raise ValueError(f'decode.Samples needs {type(part).__name__}.{name}, which does not '
+                         f'exist: add it, or leave @decode.Samples() out of HOOKS')
+
   def __call__(self, run: Run, step: int, train_state: Mapping[str, Any]) -> None:
     """Samples once per prompt, prints the texts and records them."""
     vocabulary = run.loader.vocabulary()

@@ -19,15 +19,17 @@ class Located(ValueError):
 def report(error: Exception, *, show: str, ours: frozenset[str]) -> int:
   """Prints an error to stderr and returns the exit status: 2 for a user's error, 1 for a bug.
 
-  A user's error is a ValueError or OSError raised by our packages, the user's own modules or the
-  standard library. The same exception out of JAX or Flax is a bug until shown otherwise.
+  A user's error is a ValueError, OSError or FloatingPointError (training diverged) raised by our
+  packages, the user's own modules or the standard library. The same exception out of JAX or Flax is
+  a bug until shown otherwise.
 
   Args:
     error: what was raised.
     show: 'short' or 'traceback'.
     ours: top-level names of installed packages whose errors speak to the user.
   """
-  users = isinstance(error, (ValueError, OSError)) and _speaks_to_user(error, ours)
+  theirs = (ValueError, OSError, FloatingPointError)
+  users = isinstance(error, theirs) and _speaks_to_user(error, ours)
   if show == 'traceback' or not users:
     traceback.print_exception(error)
   if users:

@@ -33,7 +33,9 @@ class Run:
 class Hook(Protocol):
   """Called after every update that `due` accepts, with the state of that update.
 
-  The state must not be kept: the next update donates its buffers.
+  The state must not be kept: the next update donates its buffers. An exception ends the run, whose
+  state is saved first. A hook may also have `check(model=..., loader=...)`, called before anything
+  is compiled or written; it raises ValueError where the hook could not work.
   """
 
   def due(self, step: int, *, last: bool) -> bool:

@@ -2,6 +2,7 @@
 
 import base64
 import contextlib
+import math
 import signal
 import threading
 import time
@@ -76,8 +77,7 @@ class Loop:
           break
     if self.checkpointer is not None:
       with book.phase('checkpoint'):
-        self._save(int(train_state['step']), train_state, force=True)
-        self.checkpointer.wait()
+        self.checkpointer.finish(int(train_state['step']), train_state, extra=self._extra())
     return train_state, self.last
 
   def _interrupts(self, step: int) -> bool:
@@ -88,29 +88,49 @@ class Loop:
     # Hooks come first: a checkpoint then implies that what belongs to its update was recorded.
     for hook in self.hooks:
       if hook.due(step, last=last):
-        with self.book.phase('evaluation'):
-          hook(self.outputs.run, step, train_state)
+        try:
+          with self.book.phase('evaluation'):
+            hook(self.outputs.run, step, train_state)
+        except Exception:
+          self._rescue(step, train_state, name=type(hook).__name__)
+          raise
     if self.checkpointer is not None and not last and step % self.checkpointer.every == 0:
       with self.book.phase('checkpoint'):
-        self._save(step, train_state, force=False)
+        self.checkpointer.save(step, train_state, extra=self._extra())
     self.outputs.speed.restart(at=time.perf_counter())
 
-  def _save(self, step: int, train_state: Any, *, force: bool) -> None:
-    assert self.checkpointer is not None
+  def _rescue(self, step: int, train_state: Any, *, name: str) -> None:
+    """Keeps the updates done before a hook failed; the hook's error is the one to be shown."""
+    if self.checkpointer is None:
+      return
+    try:
+      with self.book.phase('checkpoint'):
+        self.checkpointer.finish(step, train_state, extra=self._extra())
+      self.outputs.run.message(
+          f'{name} failed after update {step}; the state is saved, and the same command goes on '
+          f'from it without what {name} would have recorded')
+    except Exception as error:
+      self.outputs.run.message(f'{name} failed after update {step}, and then: {error}')
+
+  def _extra(self) -> dict[str, Any]:
     extra = dict(self.extra)
     if hasattr(self.loader, 'state'):
       extra['loader_state'] = base64.b64encode(self.loader.state()).decode()  # pyright: ignore
-    self.checkpointer.save(step, train_state, extra=extra, force=force)
+    return extra
 
   def _read(self, step: int, found: Mapping[str, jax.Array]) -> None:
     values = {name: float(x) for name, x in jax.device_get(dict(found)).items()}
     self.book.step(step)
     self.last = values
-    if values['loss'] != values['loss'] or abs(values['loss']) == float('inf'):
-      self.outputs.writer.write(step, values)
-      raise FloatingPointError(
-          f'the loss of update {step} is {values["loss"]}; its data: python -m t5x_like.inspect '
-          f'--step {step - 1}; lower the learning rate or resume from an earlier checkpoint')
+    # Before each hook and each save: what is no number is neither evaluated nor saved.
+    for name, what in (('loss', 'the loss of'), ('param_norm', 'the norm of the parameters after')):
+      if not math.isfinite(values[name]):
+        self.outputs.writer.write(step, values)
+        raise FloatingPointError(
+            f'{what} update {step} is {values[name]} (its loss {values["loss"]}, its gradient norm '
+            f'{values["grad_norm"]}), so its state is not saved; its data: python -m '
+            f't5x_like.inspect --step {step - 1}; lower the learning rate, or resume from an '
+            f'earlier checkpoint')
     self.outputs.ready(step, values, log=step % self.log_every == 0 or step == 1)
 
 

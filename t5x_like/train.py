@@ -61,14 +61,12 @@ def train(*, model: state_lib.Model, loader: step_lib.Loader,
     {'step', 'loss', 'metrics' of the last update, 'ledger' summary}.
   Raises:
     ValueError: a setting does not fit another; nothing has been compiled then.
-    FloatingPointError: the loss is no longer finite.
+    FloatingPointError: the loss or the parameters are no longer finite; such a state is not saved.
+    OSError: the last state could not be saved.
     SystemExit: SIGTERM arrived; the state has been saved.
   """
-  if steps < 1 or log_every < 1 or microbatches < 1:
-    raise ValueError(f'steps={steps}, log_every={log_every} and microbatches={microbatches} must '
-                     f'be at least 1')
-  if ema is not None and not 0 < ema < 1:
-    raise ValueError(f'ema={ema} must be in (0, 1)')
+  _check(model=model, loader=loader, steps=steps, log_every=log_every, microbatches=microbatches,
+         ema=ema, hooks=hooks, data_change=data_change)
   plan = _Plan(model, loader, optimizer, loss, mesh, rules, seed=seed, microbatches=microbatches,
                ema=ema)
   with contextlib.ExitStack() as held:
@@ -100,6 +98,22 @@ def train(*, model: state_lib.Model, loader: step_lib.Loader,
           file=sys.stderr, flush=True)
     raise SystemExit(STOPPED)
   return {'step': done, 'loss': last.get('loss'), 'metrics': last, 'ledger': summary.as_dict()}
+
+
+def _check(*, model: state_lib.Model, loader: step_lib.Loader, steps: int,
+           hooks: Sequence[Hook] = (), microbatches: int = 1, ema: float | None = None,
+           data_change: str = 'refuse', log_every: int = 10, **unused: Any) -> None:
+  """Refuses what can be seen from the settings alone."""
+  if steps < 1 or log_every < 1 or microbatches < 1:
+    raise ValueError(f'steps={steps}, log_every={log_every} and microbatches={microbatches} must '
+                     f'be at least 1')
+  if ema is not None and not 0 < ema < 1:
+    raise ValueError(f'ema={ema} must be in (0, 1)')
+  if data_change not in ('refuse', 'allow'):
+    raise ValueError(f"data_change={data_change!r} is unknown; allowed: 'refuse', 'allow'")
+  for hook in hooks:
+    if (check := getattr(hook, 'check', None)) is not None:
+      check(model=model, loader=loader)
 
 
 def _folders(workdir: str, checkpointer: checkpoints.Checkpointer | None) -> list[str]:
@@ -172,6 +186,7 @@ def dry_run(**settings: Any) -> dict[str, Any]:
   Returns:
     The numbers printed.
   """
+  _check(**settings)
   plan = _Plan(settings['model'], settings['loader'], settings['optimizer'], settings['loss'],
                settings['mesh'], settings['rules'], seed=settings.get('seed', 0),
                microbatches=settings.get('microbatches', 1), ema=settings.get('ema'))

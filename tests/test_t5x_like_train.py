@@ -187,6 +187,8 @@ def test_settings_that_do_not_fit_are_refused_before_anything_is_written(
   with pytest.raises(ValueError, match=text):
     train.train(**settings(tmp_path / 'bad', checkpointer=None, **changes))
   assert not (tmp_path / 'bad').exists()
+  with pytest.raises(ValueError, match=text):
+    train.dry_run(**settings(tmp_path / 'bad', checkpointer=None, **changes))
 
 
 def test_other_data_is_refused_on_resume_unless_allowed(whole):
