@@ -232,6 +232,8 @@ BAD = {
   'key.jsonl': (b'{"text": "a"}\n{"texts": "b"}\n',
                 r"key\.jsonl:2: there is no key 'text'; did you mean 'texts'"),
   'list.jsonl': (b'["a"]\n', r'list\.jsonl:1: a JSON object is needed'),
+  'half.jsonl': (b'{"text": "a"}\n{"text": "b\\ud800"}\n',
+                 r"half\.jsonl:2: 'text' holds '\\ud800', half of a surrogate pair.*errors='skip'"),
   'kind.jsonl': (b'{"text": 7}\n', r"kind\.jsonl:1: 'text' must be text, got int"),
   'short.jsonl.gz': (gzip.compress(b'{"text": "a"}\n' * 99)[:-9], r'short\.jsonl\.gz is truncated'),
   'not.jsonl.gz': (b'{"text": "a"}\n', r'not\.jsonl\.gz is not a gzip file'),
@@ -252,6 +254,58 @@ def test_bad_input_is_named_and_leaves_no_store(tmp_path, name):
     build(tmp_path / 'in', tmp_path / 'out')
   assert not list((tmp_path / 'out').rglob('manifest.json'))
   assert not list((tmp_path / 'out').rglob('*.tmp'))
+
+
+def test_folders_behind_links_are_read_once(tmp_path):
+  notes, other = tmp_path / 'notes', tmp_path / 'other'
+  for path in (notes / 'z' / 'own.txt', other / 'deep' / 'far.txt', notes / 'top.txt'):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(path.name)
+  (notes / 'a').symlink_to(notes / 'z')  # There under its own name.
+  (notes / 'link').symlink_to(other)
+  (notes / 'twice').symlink_to(other / 'deep')
+  (notes / 'z' / 'up').symlink_to(notes)  # A loop, and the way out of the folder.
+  (notes / 'out').symlink_to(tmp_path)
+  (other / 'deep' / 'back').symlink_to(notes)
+  (notes / 'broken').symlink_to(tmp_path / 'nowhere')
+  names = [f.name for f in textfiles.Text(str(notes)).files()]
+  assert names == ['link/deep/far.txt', 'top.txt', 'z/own.txt']
+  names = [f.name for f in textfiles.Text(str(notes), exclude=('link/*',)).files()]
+  assert names == ['top.txt', 'twice/far.txt', 'z/own.txt']
+
+
+def test_names_that_are_not_utf8_are_kept_escaped(tmp_path):
+  folder = write_folder(tmp_path / 'in', 3)
+  odd = os.fsencode(folder) + b'/caf\xe9.txt'
+  with open(odd, 'wb') as file:
+    file.write(b'menu')
+  built = build(folder, tmp_path / 'out')
+  index = texts(built.store).index('menu')
+  assert built.store.lineage(index)['file'] == r'caf\xe9.txt'
+  assert built.store.find(r'caf\xe9.txt').tolist() == [index]
+  assert build(folder, tmp_path / 'out').how == 'reused'
+  with open(odd, 'wb') as file:
+    file.write(b'\xff')
+  with pytest.raises(ValueError, match=r'caf.*\.txt: byte 0 is not UTF-8'):
+    build(folder, tmp_path / 'b')
+  skipped = build(folder, tmp_path / 'c', errors='skip').skipped
+  assert [s.name for s in skipped] == [r'caf\xe9.txt']
+
+
+def test_a_line_that_is_no_text_is_left_out_if_told(tmp_path):
+  put(tmp_path / 'a.jsonl', b'{"text": "a"}\n{"text": "b\\ud800"}\n{"text": "\\ud83d\\ude00"}\n')
+  built = build(tmp_path / 'a.jsonl', tmp_path / 'out', errors='skip')
+  assert texts(built.store) == ['a', '\U0001f600']
+  assert [s.name for s in built.skipped] == ['a.jsonl']
+  assert "a.jsonl:2: 'text' holds '\\ud800', half of a surrogate" in built.skipped[0].reason
+
+
+def test_a_jsonl_may_begin_with_a_byte_order_mark(tmp_path):
+  put(tmp_path / 'a.jsonl', b'\xef\xbb\xbf{"text": "a"}\n{"text": "\xef\xbb\xbfb"}\n')
+  assert texts(build(tmp_path / 'a.jsonl', tmp_path / 'out').store) == ['a', '\ufeffb']
+  put(tmp_path / 'b.jsonl', b'{"text": "a"}\n\xef\xbb\xbf{"text": "b"}\n')
+  with pytest.raises(ValueError, match=r'b\.jsonl:2: malformed JSON'):
+    build(tmp_path / 'b.jsonl', tmp_path / 'out2')
 
 
 def test_error_in_a_worker_process_is_the_same(tmp_path):

@@ -151,8 +151,16 @@ def test_unknown_source_names_the_nearest(tmp_path):
   write(tmp_path / 'wiki' / 'train', [[document([2])]])
   with pytest.raises(ValueError, match="unknown source: 'wikki' .*did you mean 'wiki'"):
     store.store_path(str(tmp_path), source='wikki', split='train')
-  with pytest.raises(ValueError, match="unknown split of source 'wiki': 'trian' .*'train'"):
+  # What else lies there is no store: a lock, a cache, a store under way, mixtures.
+  for name in ('.train.lock', '.inputs.json', 'baselines-0.json'):
+    (tmp_path / 'wiki' / name).touch()
+  for name in ('wiki/.trian.building', 'wiki/tria', 'mixtures', 'vocabularies'):
+    (tmp_path / name).mkdir()
+  with pytest.raises(ValueError, match="unknown split of source 'wiki': 'trian' in .*; did you "
+                                       "mean 'train'\\? known: train; or run prepare"):
     store.store_path(str(tmp_path), source='wiki', split='trian')
+  with pytest.raises(ValueError, match="unknown source: 'mixture' in .*; known: wiki; or run"):
+    store.store_path(str(tmp_path), source='mixture', split='train')
   with pytest.raises(ValueError, match='does not exist: run prepare first'):
     store.store_path(str(tmp_path / 'no'), source='wiki', split='train')
 

@@ -69,14 +69,21 @@ def store_path(store_dir: str, *, source: str, split: str) -> str:
     raise ValueError(f'store_dir {store_dir!r} does not exist: run prepare first, or correct it')
   task_dir = os.path.join(store_dir, source)
   if os.path.isdir(task_dir):
-    known, wanted, kind = sorted(os.listdir(task_dir)), split, f'split of source {source!r}'
+    known, wanted, kind = _stores_in(task_dir), split, f'split of source {source!r}'
   else:
-    known = sorted(n for n in os.listdir(store_dir) if os.path.isdir(os.path.join(store_dir, n)))
+    known = sorted(n for n in os.listdir(store_dir) if _stores_in(os.path.join(store_dir, n)))
     wanted, kind = source, 'source'
   near = difflib.get_close_matches(wanted, known, n=1, cutoff=0.5)
   hint = f'did you mean {near[0]!r}? ' if near else ''
   raise ValueError(f'unknown {kind}: {wanted!r} in {store_dir!r}; {hint}'
                    f'known: {", ".join(known) or "none"}; or run prepare for it')
+
+
+def _stores_in(folder: str) -> list[str]:
+  if not os.path.isdir(folder):
+    return []
+  return sorted(n for n in os.listdir(folder)
+                if not n.startswith('.') and os.path.exists(os.path.join(folder, n, MANIFEST)))
 
 
 class Store:

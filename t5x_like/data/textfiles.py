@@ -4,6 +4,7 @@ A document is a whole text file, a line of a .jsonl file or a row of a .parquet 
 the order of their names below the folder, so moving the folder changes nothing.
 """
 
+import codecs
 import dataclasses
 import difflib
 import fnmatch
@@ -18,7 +19,7 @@ from typing import Any, Literal, NamedTuple, cast
 import pyarrow
 import pyarrow.parquet
 
-from t5x_like.data import packed
+from t5x_like.data import folders, packed
 
 EXTENSIONS = ('.txt', '.md', '.rst', '.py', '.jsonl', '.parquet')
 _KINDS = {'.jsonl': 'jsonl', '.ndjson': 'jsonl', '.parquet': 'parquet', '.pq': 'parquet'}
@@ -80,15 +81,16 @@ class Text:
   """Where text is and how to read it.
 
   Attributes:
-    paths: folders (read recursively), files or globs; one, or several.
+    paths: folders (read recursively, folders linked to as well, each once), files or globs; one,
+      or several.
     extensions: of the files to take from folders, each also with .gz or .zst after it.
     exclude: patterns (fnmatch, on the name below the folder) of files to leave out.
     keys: for .jsonl and .parquet, the key with the text of each feature; a text file is the whole
       of the only feature.
     separator: what stands between the documents of one text file, such as '<|endoftext|>'; default
       a text file is one document. It is no part of either, and is not stored.
-    errors: what to do with a file that is not UTF-8: 'refuse' stops and names file and byte,
-      'skip' leaves it out and says so.
+    errors: what to do with a file, or a line of a .jsonl, that is not UTF-8 or holds half a
+      surrogate pair: 'refuse' stops and names file and place, 'skip' leaves it out and says so.
   """
 
   paths: str | Sequence[str]
@@ -127,7 +129,9 @@ class Text:
     for given in paths:
       root, listed = self._listed(given)
       for file in listed:
-        name = os.path.relpath(file, root).replace(os.sep, '/')
+        # A name that is not UTF-8 keeps its odd bytes as \\xe9, so that lineage can hold it.
+        name = os.fsencode(os.path.relpath(file, root).replace(os.sep, '/')).decode(
+          errors='backslashreplace')
         if any(fnmatch.fnmatch(name, pattern) for pattern in self.exclude):
           continue
         if len(paths) > 1:
@@ -145,17 +149,17 @@ class Text:
     if os.path.isfile(path):
       return os.path.dirname(path) or '.', [path]
     if os.path.isdir(path):
-      listed = [p for p in _walk(path, exclude=self.exclude) if self._wanted(p)]
-      if not listed and self.exclude and any(self._wanted(p) for p in _walk(path)):
+      listed = [p for p in folders.walk(path, exclude=self.exclude) if self._wanted(p)]
+      if not listed and self.exclude and any(self._wanted(p) for p in folders.walk(path)):
         raise ValueError(f'every file of {given} is excluded by {list(self.exclude)}')
       if not listed:
         raise ValueError(f'no file in {given} ends in {", ".join(self.extensions)}: '
-                         f'{_endings(path)}; set extensions')
+                         f'{folders.endings(path)}; set extensions')
       return path, listed
     listed = [p for p in glob.glob(path, recursive=True) if os.path.isfile(p)]
     if not listed:
-      raise ValueError(_missing(given, path))
-    return _fixed_part(path), listed
+      raise ValueError(folders.missing(given, path=path))
+    return folders.fixed_part(path), listed
 
   def read(self, part: Part, *, skipped: list[Skipped]) -> Iterator[Document]:
     """Yields the documents of one file, or of a part of it.
@@ -172,7 +176,14 @@ class Text:
       rows = _jsonl(part, self.errors, skipped) if kind == 'jsonl' else _parquet(part, self.keys)
       for position, record in rows:
         where = f'{file.path}:{position + 1}' if kind == 'jsonl' else f'{file.path}, row {position}'
-        yield document({f: _text(record, key, where) for f, key in self.keys.items()}, position)
+        texts = {f: _text(record, key, where) for f, key in self.keys.items()}
+        reason = _half_pair(texts, self.keys, where)
+        if reason is None:
+          yield document(texts, position)
+        elif self.errors == 'skip':
+          skipped.append(Skipped(file.name, reason))
+        else:
+          raise ValueError(f"{reason}; mend or remove it, or set errors='skip'")
       return
     if len(self.keys) > 1:
       raise ValueError(f'{file.path} is one text, but the features {sorted(self.keys)} are wanted; '
@@ -281,43 +292,6 @@ def _unpacked(path: str) -> str:
   return name
 
 
-def _walk(folder: str, *, exclude: Sequence[str] = ()) -> Iterator[str]:
-  # A folder is not entered if a pattern that ends in * leaves out all that could be below it.
-  whole = [p for p in exclude if p.endswith('*')]
-  for root, folders, names in os.walk(folder):
-    below = os.path.relpath(root, folder).replace(os.sep, '/').removeprefix('.').lstrip('/')
-    folders[:] = [
-      f for f in folders if not f.startswith('.') and f != '__pycache__'
-      and not any(fnmatch.fnmatch(f'{below}/{f}/'.lstrip('/'), p) for p in whole)]
-    yield from (os.path.join(root, n) for n in names
-                if not n.startswith('.') and os.path.isfile(os.path.join(root, n)))
-
-
-def _fixed_part(pattern: str) -> str:
-  parts = pattern.split(os.sep)
-  magic = next(i for i, p in enumerate(parts) if glob.has_magic(p))
-  return os.sep.join(parts[:magic]) or (os.sep if pattern.startswith(os.sep) else '.')
-
-
-def _endings(folder: str) -> str:
-  endings: dict[str, int] = {}
-  for path in _walk(folder):
-    ending = os.path.splitext(path)[1]
-    endings[ending] = endings.get(ending, 0) + 1
-  common = sorted(endings, key=lambda e: -endings[e])[:5]
-  return 'it has ' + (', '.join(f"{endings[e]} of '{e}'" for e in common) or 'no files at all')
-
-
-def _missing(given: str, path: str) -> str:
-  if glob.has_magic(path):
-    return f'no file matches {given}'
-  folder, name = os.path.split(os.path.abspath(path))
-  names = os.listdir(folder) if os.path.isdir(folder) else []
-  close = difflib.get_close_matches(name, names, n=1)
-  hint = f'; did you mean {os.path.join(folder, close[0])}?' if close else ''
-  return f'there is no file or folder {given}{hint}'
-
-
 def _decoded(data: bytes, file: File, *, where: str, errors: str, skipped: list[Skipped],
              offset: int = 0) -> str | None:
   try:
@@ -339,6 +313,8 @@ def _jsonl(part: Part, errors: str, skipped: list[Skipped]) -> Iterator[tuple[in
       if part.stop is not None and offset >= part.stop:
         break
       start, offset = offset, offset + len(line)
+      if not start:
+        line = line.removeprefix(codecs.BOM_UTF8)
       text = _decoded(line, file, where=f'{file.path}:{position + 1}: byte ', errors=errors,
                       skipped=skipped, offset=start)
       if text is None or not text.strip():
@@ -382,6 +358,16 @@ def _text(record: Mapping[str, Any], key: str, where: str) -> str:
   if not isinstance(value, str):
     raise ValueError(f'{where}: {key!r} must be text, got {type(value).__name__}: {value!r:.60}')
   return value
+
+
+def _half_pair(texts: Mapping[str, str], keys: Mapping[str, str], where: str) -> str | None:
+  for feature, text in texts.items():
+    try:
+      text.encode()
+    except UnicodeEncodeError as error:  # JSON can write one, as "\\ud800"; no encoding can.
+      return (f'{where}: {keys[feature]!r} holds {text[error.start]!a}, half of a surrogate pair, '
+              f'which is no text')
+  return None
 
 
 def _no_key(key: str, known: Any, where: str) -> str:
