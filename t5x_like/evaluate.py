@@ -20,7 +20,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from partitioning import rules as rules_lib
-from t5x_like import checkpoints, losses
+from t5x_like import checkpoints, losses, provenance
 from t5x_like import state as state_lib
 from t5x_like import step as step_lib
 from t5x_like.hooks import Run
@@ -160,6 +160,7 @@ def evaluate(*, model: state_lib.Model, mesh: Mesh, rules: rules_lib.Rules, load
   Returns:
     See `Evaluator.__call__`.
   """
+  provenance.check(checkpoint, loader=loader)
   structure = state_lib.describe(model, mesh, rules)
   params = checkpoints.load_params(checkpoint, structure.shapes, step=step, which='evaluated')
   began = time.monotonic()

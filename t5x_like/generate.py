@@ -14,7 +14,7 @@ from typing import Any
 from jax.sharding import Mesh
 
 from partitioning import rules as rules_lib
-from t5x_like import checkpoints, decode
+from t5x_like import checkpoints, decode, provenance
 from t5x_like import state as state_lib
 
 
@@ -41,13 +41,15 @@ def generate(*, model: Any, mesh: Mesh, rules: rules_lib.Rules, vocabulary: Any,
   Returns:
     The continuations, without the prompts.
   Raises:
-    ValueError: a prompt that is no text, or what `decode.Generator` refuses.
+    ValueError: a prompt that is no text, a vocabulary that is not the run's, or what
+      `decode.Generator` refuses.
   """
   texts = list(prompts) or [prompt]
   for text in texts:
     _check_text(text)
   own = vocabulary.pad_id if vocabulary.bos_id is None else vocabulary.bos_id
   begin: int = own if bos_id is None else bos_id
+  provenance.check(checkpoint, vocabulary=vocabulary)
   structure = state_lib.describe(model, mesh, rules)
   params = checkpoints.load_params(checkpoint, structure.shapes, step=step, which='evaluated')
   run = decode.Generator(structure, model, eos_id=vocabulary.eos_id,

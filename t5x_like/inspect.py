@@ -7,14 +7,14 @@ arithmetic on the stores and the gin of a run, so they answer for runs that ende
 import sys
 from typing import Any
 
-from t5x_like import config
+from t5x_like import config, provenance
 from t5x_like.data import loader as loader_lib
 
 _SNIPPET = 60
 
 
 def inspect(*, loader: loader_lib.Loader, step: int | None = None, doc: str | None = None,
-            epochs: int = 1) -> list[dict[str, Any]]:
+            epochs: int = 1, workdir: str | None = None) -> list[dict[str, Any]]:
   """Prints the documents of a step, or the steps of a document.
 
   Args:
@@ -22,16 +22,20 @@ def inspect(*, loader: loader_lib.Loader, step: int | None = None, doc: str | No
     step: to list the documents of.
     doc: to list the steps of: 'source:number', a content hash (32 hex digits), or a file.
     epochs: how many epochs of the document's source to look through.
+    workdir: the run's directory, whose record the stores must agree with; None asks nothing.
 
   Returns:
     What was printed, one entry per line; see `Loader.contents` and `Loader.locate`.
 
   Raises:
-    ValueError: neither or both of step and doc, or there is no such document.
+    ValueError: neither or both of step and doc, or there is no such document, or the stores are
+      not those of the run.
   """
   if (step is None) == (doc is None):
     raise ValueError('give either --step, to see what a step reads, or --doc, to see which steps '
                      'read a document')
+  if workdir is not None:
+    provenance.check(workdir, loader=loader)
   if doc is not None:
     return _print_steps(loader, doc, epochs=epochs)
   assert step is not None

@@ -4,7 +4,7 @@ import importlib
 import os
 import sys
 from collections.abc import Collection, Iterator, Sequence
-from typing import Any
+from typing import Any, Literal
 
 from t5x_like import config
 from t5x_like.data import pieces, progress, textfiles, vocabularies, workers
@@ -16,12 +16,14 @@ from t5x_like.data.texttasks import Mixture, Preparable, TextTask
 _SEQIO_TASKS = 't5x_like.data.tasks'
 
 Task = Preparable | Mixture | str
+Naming = Literal['plain', 'content']
 
 
 def prepare(*, task: Task | Sequence[Task], store_dir: str,
             vocabulary: vocabularies.Vocabulary | pieces.Training | str | None = None,
             splits: Sequence[str] = ('train', 'validation'), processes: int | None = None,
-            existing: prepare_lib.Existing = 'refuse') -> dict[str, store_lib.Store]:
+            existing: prepare_lib.Existing = 'refuse', naming: Naming = 'plain'
+            ) -> dict[str, store_lib.Store]:
   """Writes the token stores of tasks and mixtures, or finds them already written.
 
   Args:
@@ -33,6 +35,8 @@ def prepare(*, task: Task | Sequence[Task], store_dir: str,
     splits: those to write.
     processes: that work at once; default one per core.
     existing: 'refuse' or 'rebuild' a finished store made from something else.
+    naming: 'plain' calls stores as the tasks; 'content' adds a hash of all that decides their
+      tokens, so that stores of other text stay as they are, and prints each name. For text tasks.
 
   Returns:
     The stores by '<task>/<split>'.
@@ -45,9 +49,13 @@ def prepare(*, task: Task | Sequence[Task], store_dir: str,
   processes = processes or len(os.sched_getaffinity(0))
   if existing not in ('refuse', 'rebuild'):
     raise ValueError(f"existing={existing!r} is unknown; allowed: 'refuse', 'rebuild'")
+  if naming not in ('plain', 'content'):
+    raise ValueError(f"naming={naming!r} is unknown; allowed: 'plain', 'content'")
   mixtures, tasks = _resolved(task)
   os.makedirs(store_dir, exist_ok=True)
   tasks = _with_vocabulary(tasks, vocabulary=vocabulary, store_dir=store_dir)
+  if naming == 'content':
+    tasks = _named_by_content(tasks, mixtures, store_dir=store_dir)
   stores: dict[str, store_lib.Store] = {}
   told: set[textfiles.Skipped] = set()
   with workers.Pool(processes) as pool:
@@ -67,7 +75,7 @@ def prepare(*, task: Task | Sequence[Task], store_dir: str,
 def dry_run(*, task: Task | Sequence[Task], store_dir: str,
             vocabulary: vocabularies.Vocabulary | pieces.Training | str | None = None,
             splits: Sequence[str] = ('train', 'validation'), processes: int | None = None,
-            existing: prepare_lib.Existing = 'refuse') -> None:
+            existing: prepare_lib.Existing = 'refuse', naming: Naming = 'plain') -> None:
   """Prints what `prepare` would read and which stores exist, and writes nothing.
 
   Args:
@@ -77,9 +85,10 @@ def dry_run(*, task: Task | Sequence[Task], store_dir: str,
     splits: as for `prepare`.
     processes: as for `prepare`.
     existing: as for `prepare`.
+    naming: as for `prepare`.
   """
   print(f'vocabulary: {vocabulary}; processes: {processes or "one per core"}; existing stores that '
-        f'differ: {existing}')
+        f'differ: {existing}; names: {naming}')
   for one in _resolved(task)[1]:
     files = one.files()
     print(f'task {one.name}: {len(files)} files, {sum(f.bytes for f in files) / 1e6:,.1f} MB; '
@@ -138,6 +147,18 @@ def _with_vocabulary(tasks: list[Preparable], *, store_dir: str,
       task = task.with_vocabulary(vocabulary)
     given.append(task)
   return given
+
+
+def _named_by_content(tasks: list[Preparable], mixtures: list[Mixture], *, store_dir: str
+                      ) -> list[Preparable]:
+  named: list[Preparable] = []
+  for task in tasks:
+    if mixtures or not isinstance(task, TextTask):
+      raise ValueError(f"naming='content' is for text tasks alone, and {task.name!r} is "
+                       f"{'in a mixture' if mixtures else 'none'}: set naming='plain'")
+    named.append(prepare_lib.named_by_content(task, store_dir=store_dir))
+    print(named[-1].name)
+  return named
 
 
 def _summary(built: prepare_lib.Built, *, told: Collection[textfiles.Skipped]) -> Iterator[str]:

@@ -19,7 +19,7 @@ import optax
 from jax.sharding import Mesh
 
 from partitioning import rules as rules_lib
-from t5x_like import checkpoints, ledger, limits, locks, losses, preview
+from t5x_like import checkpoints, ledger, limits, locks, losses, preview, provenance
 from t5x_like import state as state_lib
 from t5x_like import step as step_lib
 from t5x_like.hooks import Hook
@@ -83,6 +83,7 @@ def train(*, model: state_lib.Model, loader: step_lib.Loader,
     book.resume(start)
     if jax.process_index() == 0:
       config.record(workdir)
+      provenance.record(workdir, plan.loader)
       preview.write_model_info(plan.structure, workdir)
     with Outputs(model=model, structure=plan.structure, loader=loader, length=plan.length,
                  workdir=workdir, start=start, steps=steps, writers=writers,

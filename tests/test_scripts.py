@@ -64,7 +64,7 @@ def finished(venv, folder):
 def test_quickstart_from_a_folder_of_text(finished, folder):
   run = folder / 'mine/run'
   for file in ('report.md', 'report.json', 'metrics.jsonl', 'config.gin', 'model-info.txt',
-               'evaluation.json', 'ledger.jsonl', '4'):
+               'evaluation.json', 'ledger.jsonl', 'data.json', '4'):
     assert (run / file).exists(), f'{file} is missing; there are {sorted(os.listdir(run))}'
   assert (run / 'loss_curve.png').read_bytes()[:8] == b'\x89PNG\r\n\x1a\n'
   # Stores lie beside the run, and nothing else does.
@@ -90,6 +90,27 @@ def test_quickstart_again_goes_on_where_it_stopped(finished, venv, folder):
                       '--vocab', '330', *_TINY)
   assert again.returncode == 0 and 'step 1/4' not in again.stderr
   assert 'reused' in again.stderr
+
+
+def test_quickstart_on_changed_text_leaves_the_store_of_an_older_run(finished, venv, folder):
+  note, stores = folder / 'notes/0.txt', folder / 'mine/stores'
+  before, text = set(os.listdir(stores)), note.read_text()
+  note.write_text('Quite another text. ' * 9)
+  # Stops after the store is written, for a setting that is misspelt.
+  done = _quickstart(venv, folder, '--text', 'notes', '--out', 'mine/other', '--vocab', '330',
+                     '--gin.LENGHT=16')
+  note.write_text(text)
+  assert "did you mean 'LENGTH'" in done.stderr
+  assert len(set(os.listdir(stores)) - before) == 1 and before < set(os.listdir(stores))
+  config = folder / 'mine/run/config.gin'
+  look = [sys.executable, '-m', 't5x_like.inspect', f'--gin_file={config}', '--step', '1']
+  shown = subprocess.run(look, cwd=_ROOT, capture_output=True, text=True)
+  assert shown.returncode == 0 and 'step 1: ' in shown.stdout, shown.stderr
+  replaced = subprocess.run(
+    [*look, f'--gin.SOURCES="{(set(os.listdir(stores)) - before).pop()}"'], cwd=_ROOT,
+    capture_output=True, text=True)
+  assert replaced.returncode == 2
+  assert 'vocabulary is not the one this run was trained with' in replaced.stderr
 
 
 @pytest.mark.parametrize('flags, text', [

@@ -84,6 +84,11 @@ class EvalLoader:
     return objectives.spec(self.batch_size, length=self.length)
 
   @property
+  def stores(self) -> dict[str, store_lib.Store]:
+    """The open store of each source."""
+    return {source.name: source.store for source in self._sources}
+
+  @property
   def vocab_size(self) -> int:
     """Number of tokens of the vocabulary."""
     return max(s.store.vocab_size for s in self._sources)

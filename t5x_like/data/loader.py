@@ -94,6 +94,11 @@ class Loader:
       self.batch_size, self.length, self.seed, self._packing, self._attention])
 
   @property
+  def stores(self) -> dict[str, store_lib.Store]:
+    """The open store of each source."""
+    return {name: source.store for name, source in self._sources.items()}
+
+  @property
   def vocab_size(self) -> int:
     """Number of tokens of the vocabulary."""
     return max(s.store.vocab_size for s in self._sources.values())

@@ -8,6 +8,7 @@ worked on it.
 
 import concurrent.futures
 import contextlib
+import dataclasses
 import fcntl
 import json
 import os
@@ -175,6 +176,21 @@ def trained_vocabulary(training: pieces.Training, *, tasks: Sequence[Preparable]
   return pieces.train_sentencepiece((text for sample in samples for text in sample), path=path,
                                     vocab_size=training.vocab_size, model=training.model,
                                     sample_bytes=training.sample_bytes)
+
+
+def named_by_content(task: TextTask, *, store_dir: str) -> TextTask:
+  """Returns the task under a name that tells its text, its reading and its vocabulary apart.
+
+  Args:
+    task: with its vocabulary.
+    store_dir: where hashes of the inputs are remembered, in its folder 'vocabularies'.
+  """
+  folder = os.path.join(store_dir, 'vocabularies')
+  os.makedirs(folder, exist_ok=True)
+  inputs = input_hashes(task.files(), cache=os.path.join(folder, f'.{task.name}.inputs.json'),
+                        threads=2)
+  key = digest([definition(task, split=''), sorted(inputs.items())])
+  return dataclasses.replace(task, name=f'{task.name}.{key[:10]}')
 
 
 def write_mixture(name: str, *, rates: Mapping[str, float], store_dir: str) -> str:
