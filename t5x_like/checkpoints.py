@@ -352,6 +352,11 @@ def _steps(directory: epath.Path) -> list[int]:
   return sorted(int(p.name) for p in directory.iterdir() if p.name.isdigit() and _committed(p))
 
 
+def steps(directory: epath.PathLike) -> list[int]:
+  """The steps of all complete checkpoints in a directory, ascending."""
+  return _steps(_absolute(directory))
+
+
 def _list_or_none(directory: epath.Path) -> str:
   try:
     return str(_steps(directory) or 'none')

@@ -1,6 +1,7 @@
 """Models in Hugging Face format in and out.
 
   python -m t5x_like.convert import HF_DIR --out DIR      a checkpoint, DIR/model.gin, DIR/hf
+  python -m t5x_like.convert export DIR --out HF_DIR      .safetensors, config.json, tokenizer
 """
 
 import sys
@@ -10,12 +11,16 @@ from t5x_like.interchange import arguments
 
 if __name__ == '__main__':  # Before the slow imports: flags are answered at once.
   command, argv = arguments.split(sys.argv[1:])
+  if command == 'export':
+    sys.exit(config.run('t5x_like.convert.export_model', argv, flags=arguments.EXPORT))
   sys.exit(config.run('t5x_like.convert.import_model', argv, flags=arguments.IMPORT))
+
+from typing import Any, Literal
 
 from jax.sharding import Mesh
 
 from partitioning import rules as rules_lib
-from t5x_like.interchange import folder, importing
+from t5x_like.interchange import exporting, folder, importing
 
 
 def import_model(hf_dir: str, *, out: str, mesh: Mesh | None = None,
@@ -24,3 +29,12 @@ def import_model(hf_dir: str, *, out: str, mesh: Mesh | None = None,
   """Imports a folder; see `t5x_like.interchange.importing.import_folder`."""
   return importing.import_folder(hf_dir, out=out, mesh=mesh, rules=rules, dtype=dtype,
                                  unknown=unknown)
+
+
+def export_model(checkpoint: str, *, out: str, model: Any = None,
+                 dtype: exporting.DType = 'as_imported', shard_size: str = '5GB',
+                 spelling: Literal['current', 'older'] = 'current', family: str | None = None,
+                 step: int | None = None, which: exporting.Which = 'evaluated') -> str:
+  """Exports a checkpoint; see `t5x_like.interchange.exporting.export`."""
+  return exporting.export(checkpoint, out=out, model=model, dtype=dtype, shard_size=shard_size,
+                          spelling=spelling, family=family, step=step, which=which)

@@ -9,8 +9,10 @@ from t5x_like import names
 Flags = Mapping[str, Callable[[str], Any]]
 
 IMPORT: Flags = {'hf_dir': str, 'out': str, 'dtype': str, 'unknown': str}
+EXPORT: Flags = {'checkpoint': str, 'out': str, 'dtype': str, 'shard_size': str, 'spelling': str,
+                 'family': str, 'step': int, 'which': str}
 # What the folders after a command are.
-_FOLDERS = {'import': ('hf_dir',)}
+_FOLDERS = {'import': ('hf_dir',), 'export': ('checkpoint',)}
 
 
 def split(argv: Sequence[str]) -> tuple[str, list[str]]:

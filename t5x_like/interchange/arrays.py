@@ -18,11 +18,13 @@ import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
 import tensorstore as ts
+from etils import epath
 
 from t5x_like import integrity
 
 SLAB = 16 << 20  # bytes converted and written at once
 _IN_FLIGHT = 2
+_WHOLE = 4  # arrays kept whole: as many as one of their tensors is made of, and one more
 
 
 def folder_name(name: str) -> str:
@@ -74,7 +76,8 @@ class Writer:
     width = self.entry_size // max(1, self.rows)
     for row in range(0, self.rows, self.step):
       part = value[row:row + self.step] if value.ndim else value
-      slab = np.ascontiguousarray(part).astype(self.dtype, copy=False)
+      with np.errstate(over='ignore'):  # What overflows is counted as infinite.
+        slab = np.ascontiguousarray(part).astype(self.dtype, copy=False)
       sums.add(slab, start + row * width)
       where = (*index, slice(row, row + self.step)) if value.ndim else index
       while len(self._pending) >= _IN_FLIGHT:
@@ -141,3 +144,74 @@ def unframe(target: str, *, arrays: str) -> None:
   for name in os.listdir(parent):
     if name == step or name.startswith(f'{step}.'):
       shutil.rmtree(os.path.join(parent, name))
+
+
+class Reader:
+  """Reads the arrays of one checkpoint entry by entry, and checks what it has read."""
+
+  def __init__(self, checkpoint: str):
+    """Opens a checkpoint.
+
+    Args:
+      checkpoint: its folder, `<directory>/<step>`.
+    Raises:
+      ValueError: its manifest is damaged.
+    """
+    self.path = checkpoint
+    try:
+      manifest = ocp.JsonCheckpointHandler().restore(epath.Path(checkpoint) / 'manifest')
+      self.body = integrity.unseal(manifest)
+    except integrity.Damaged as error:
+      raise ValueError(f'checkpoint {checkpoint} is damaged: {error}') from None
+    self.tensors: dict[str, dict[str, Any]] = self.body['tensors']
+    state = os.path.join(checkpoint, 'state') + '/'
+    self._base: dict[str, Any] = {'driver': 'file', 'path': state}
+    if os.path.exists(os.path.join(state, 'manifest.ocdbt')):
+      self._base = {'driver': 'ocdbt', 'base': self._base}
+    self._open: dict[str, Any] = {}
+    self._whole: collections.OrderedDict[str, np.ndarray] = collections.OrderedDict()
+    self._sums: dict[str, integrity.Pieces] = {}
+    self._read: dict[str, set[tuple[int, ...]]] = {}
+
+  def read(self, name: str, index: tuple[int, ...]) -> np.ndarray:
+    """An entry of an array.
+
+    Args:
+      name: of the array, with '/'.
+      index: into its leading axes.
+    """
+    if name not in self._open:
+      kvstore = dict(self._base)
+      folder = folder_name(name) + '/'
+      kvstore['path'] = kvstore.get('path', '') + folder
+      self._open[name] = ts.open({'driver': 'zarr', 'kvstore': kvstore}, open=True,
+                                 read=True).result()
+    store = self._open[name]
+    if all(n == 1 for n in store.chunk_layout.read_chunk.shape[:len(index)]):
+      value = store[index].read().result()
+    else:
+      # Chunks that hold several layers are decoded once.
+      if name not in self._whole:
+        self._whole[name] = store.read().result()
+        while len(self._whole) > _WHOLE:
+          self._whole.popitem(last=False)
+      value = self._whole[name][index]
+    seen = self._read.setdefault(name, set())
+    if index not in seen:
+      seen.add(index)
+      leading = tuple(self.tensors[name]['shape'][:len(index)])
+      number = int(np.ravel_multi_index(index, leading)) if index else 0
+      self._sums.setdefault(name, integrity.Pieces()).add(value, number * value.size)
+    return value
+
+  def check(self) -> None:
+    """Compares the checksums of all that was read, once it was read whole.
+
+    Raises:
+      ValueError: naming every array that is not what was saved.
+    """
+    wrong = [name for name, sums in self._sums.items()
+             if integrity.sums_text(sums.sums) != self.tensors[name]['checksum']]
+    if wrong:
+      raise ValueError(f'checkpoint {self.path} is damaged: {", ".join(sorted(wrong))} differ from '
+                       f'what was saved; export an earlier step')

@@ -48,12 +48,18 @@ class Folder:
     text = json.dumps([self.values, stamps, more], sort_keys=True, default=str)
     return hashlib.sha256(text.encode()).hexdigest()
 
-  def keep(self, target: str) -> None:
-    """Copies settings and tokenizer files, whose absence is no error."""
-    os.makedirs(target, exist_ok=True)
-    for name in KEPT:
-      if os.path.isfile(os.path.join(self.path, name)):
-        shutil.copyfile(os.path.join(self.path, name), os.path.join(target, name))
+
+def keep_files(source: str, target: str) -> None:
+  """Copies settings and tokenizer files, whose absence is no error.
+
+  Args:
+    source: a folder in Hugging Face format.
+    target: made where it is missing.
+  """
+  os.makedirs(target, exist_ok=True)
+  for name in KEPT:
+    if os.path.isfile(os.path.join(source, name)):
+      shutil.copyfile(os.path.join(source, name), os.path.join(target, name))
 
 
 def settings(path: str) -> Settings:

@@ -182,7 +182,7 @@ class _Job:
     body = {'format': integrity.FORMAT, 'step': int(_STEP), 'tensors': tensors, 'extra': extra}
     arrays.frame(os.path.join(work, _STEP), arrays=os.path.join(work, _ARRAYS),
                  manifest=integrity.seal(body))
-    found.keep(os.path.join(work, KEPT))
+    folder.keep_files(found.path, os.path.join(work, KEPT))
     with open(os.path.join(work, MODEL_FILE), 'w', encoding='utf-8') as file:
       file.write(modelfile.text(found.family.model(config=found.config), about=(
           f'A {found.family.name}, imported from {os.path.basename(found.path)}.')))
