@@ -238,7 +238,7 @@ def baselines(*, store_dir: str, source: sources_lib.Sources, train_split: str =
     heldout_limit: as in `measure`.
 
   Returns:
-    As `measure`, and 'sources': their names.
+    As `measure`, and 'sources', their names, and 'split'.
 
   Raises:
     ValueError: if there is no such store, or vocabularies differ.
@@ -250,14 +250,14 @@ def baselines(*, store_dir: str, source: sources_lib.Sources, train_split: str =
   path = os.path.join(store_dir, names[0], f'baselines-{key[:16]}.json')
   try:
     with open(path, encoding='utf-8') as file:
-      return json.load(file)
+      return {**json.load(file), 'split': split}
   except (OSError, ValueError):  # Not there yet, or torn by a kill: measure.
     pass
   size = tables.bytes_text(min(sum(s.text_bytes for s in train), train_limit))
   print(f'measuring unigram, gzip and xz on {size} of training text (about a second per MiB)',
         file=sys.stderr, flush=True)
-  found = {'sources': names, **measure(train, heldout=heldout, train_limit=train_limit,
-                                       heldout_limit=heldout_limit)}
+  found = {'sources': names, 'split': split,
+           **measure(train, heldout=heldout, train_limit=train_limit, heldout_limit=heldout_limit)}
   temporary = f'{path}.{os.getpid()}.tmp'
   try:
     with open(temporary, 'w', encoding='utf-8') as file:

@@ -236,6 +236,29 @@ def _short(key: wiring.Key) -> str:
   return (f'{key.scope}/' if key.scope else '') + '.'.join([*key.selector.split('.')[-2:], key.arg])
 
 
+def check_distinct(arguments: Mapping[str, Any]) -> None:
+  """Refuses things of one list that are called the same, since they would write the same names.
+
+  Args:
+    arguments: what the entry point is about to be given, built.
+
+  Raises:
+    ValueError: two entries of a list are of the same class, unequal, and have the same `name`.
+  """
+  for argument, value in arguments.items():
+    seen: dict[Any, Any] = {}
+    for entry in value if isinstance(value, (list, tuple)) else ():
+      key = (type(entry), getattr(entry, 'name', None))
+      if isinstance(key[1], str) and seen.setdefault(key, entry) != entry:
+        kind = type(entry).__name__
+        bound = f'{type(entry).__module__.rpartition(".")[2]}.{kind}'
+        raise ValueError(
+          f'{argument} holds two {kind} named {key[1]!r}, which would write under the same names; '
+          f'give each its own, as in `second/{bound}.name = {key[1] + "_second"!r}` with '
+          f'`@second/{bound}()` in the list'
+        )
+
+
 def is_entry(function: Callable[..., Any]) -> bool:
   """Says whether a function is handed to `config.run` by its own module: a command of its own."""
   module = sys.modules.get(getattr(function, '__module__', ''))

@@ -313,6 +313,7 @@ def call(target: str, *, action: str = 'run', **given: Any) -> Any:
   _Active.target = target
   bound = wiring.effective(program.root, program.table)
   arguments = copy.deepcopy({arg: b.value for arg, b in bound.items() if arg not in given})
+  checks.check_distinct(arguments)
   return function(**arguments, **given)
 
 

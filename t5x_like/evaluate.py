@@ -105,11 +105,12 @@ class Perplexity:
     Args:
       loader: held-out batches.
       every: updates between evaluations; 0 means only after the last.
-      name: prefix of the metrics.
+      name: prefix of the metrics, and part of the file's name: evaluation-NAME.json for another
+        than 'eval'. Each hook of a run needs its own.
     """
     if every < 0:
       raise ValueError(f'Perplexity every={every} must be 0 (only at the end) or more')
-    self._loader, self._every, self._name = loader, every, name
+    self._loader, self._every, self.name = loader, every, name
     self._evaluator: Evaluator | None = None
 
   def due(self, step: int, *, last: bool) -> bool:
@@ -121,12 +122,17 @@ class Perplexity:
     if self._evaluator is None:
       self._evaluator = Evaluator(run.structure, self._loader)
     found = self._evaluator(step_lib.evaluation_params(train_state))
-    run.write(step, {f'{self._name}/{key}': value for key, value in found.items()})
-    run.message(f'{self._name} after update {step}: {_bits_per_byte(found)}, '
+    run.write(step, {f'{self.name}/{key}': value for key, value in found.items()})
+    run.message(f'{self.name} after update {step}: {_bits_per_byte(found)}, '
                 f'loss {found["loss"]:.4f} nats per token, {found["tokens"]:,.0f} tokens')
     if jax.process_index() == 0:
-      file = 'evaluation.json' if self._name == 'eval' else f'evaluation-{self._name}.json'
-      write_json(os.path.join(run.workdir, file), {'step': step, **found})
+      file = 'evaluation.json' if self.name == 'eval' else f'evaluation-{self.name}.json'
+      write_json(os.path.join(run.workdir, file), {'step': step, **found, **_of(self._loader)})
+
+
+def _of(loader: FiniteLoader) -> dict[str, Any]:
+  """What was read, so that a report can tell held-out text from other text."""
+  return {key: getattr(loader, key) for key in ('sources', 'split') if hasattr(loader, key)}
 
 
 def _bits_per_byte(found: Mapping[str, float]) -> str:
@@ -170,5 +176,5 @@ def evaluate(*, model: state_lib.Model, mesh: Mesh, rules: rules_lib.Rules, load
         f'{found["tokens"]:,.0f} tokens in {time.monotonic() - began:.1f} s')
   if workdir is not None:
     os.makedirs(workdir, exist_ok=True)
-    write_json(os.path.join(workdir, 'evaluation.json'), found)
+    write_json(os.path.join(workdir, 'evaluation.json'), {**found, **_of(loader)})
   return found

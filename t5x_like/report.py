@@ -5,6 +5,7 @@
 where the gin file imports this module and binds the arguments of `report.report`.
 """
 
+import fnmatch
 import json
 import os
 import sys
@@ -164,7 +165,8 @@ def _training_rows(records: Sequence[Mapping[str, Any]]) -> list[list[str]]:
 
 
 def text(*, model: Mapping[str, Any] | None, found: Mapping[str, Any],
-         records: Sequence[Mapping[str, Any]], time: ledger.Summary | None) -> str:
+         records: Sequence[Mapping[str, Any]], time: ledger.Summary | None,
+         others: Mapping[str, str] | None = None) -> str:
   """Writes the report.
 
   Args:
@@ -172,13 +174,15 @@ def text(*, model: Mapping[str, Any] | None, found: Mapping[str, Any],
     found: as from `baselines.measure`.
     records: as from `metrics.read_jsonl`.
     time: the account of the run's time, if kept.
+    others: evaluations of other text than this, by name, in words.
 
   Returns:
     Markdown.
   """
   parts = ['# Report', '', '![loss curve](loss_curve.png)', '']
   if model is None:
-    parts += ['The model was not evaluated: there is no evaluation.json here. Run '
+    there = '; '.join(others.values()) if others else 'there is no evaluation.json here'
+    parts += [f'The model was not evaluated on this held-out text: {there}. Run '
               '`python -m t5x_like.evaluate` first.', '']
   else:
     bits = (f'**{model["bits_per_byte"]:.4f} bits per byte** (loss {model["loss"]:.4f} nats per '
@@ -202,8 +206,8 @@ def write(run_dir: str, *, found: Mapping[str, Any], title: str = '') -> dict[st
   """Writes loss_curve.png, report.md and report.json into a run directory.
 
   Args:
-    run_dir: with metrics.jsonl, and evaluation.json and ledger.jsonl if there are any. The first
-      metric whose name ends in 'bits_per_byte' is the held-out curve.
+    run_dir: with metrics.jsonl, and evaluation.json and ledger.jsonl if there are any. Of several
+      evaluations that of the held-out split and sources in `found` is taken.
     found: as from `baselines.measure`.
     title: of the figure.
 
@@ -214,13 +218,14 @@ def write(run_dir: str, *, found: Mapping[str, Any], title: str = '') -> dict[st
     ValueError: if there are no metrics, or evaluation.json is damaged.
   """
   records = metrics.read_jsonl(os.path.join(run_dir, 'metrics.jsonl'))
-  model = _evaluation(os.path.join(run_dir, 'evaluation.json'))
+  name, model, others = _heldout(run_dir, found)
   if model is not None and 'unknown' in found:
     model.pop('bits_per_byte', None)
   account = os.path.join(run_dir, 'ledger.jsonl')
   time = ledger.account(ledger.load(account)) if os.path.exists(account) else None
-  heldout = next((name for r in records for name in r if name.endswith('bits_per_byte')), '')
-  steps, values = metrics.column(records, heldout)
+  curves = [name] if model is not None else [
+    n for r in records for n in r if n.endswith('bits_per_byte') and n.split('/')[0] not in others]
+  steps, values = metrics.column(records, curves[0] if curves else '')
   if 'bits_per_byte' in (model or {}) and model is not None and model['step'] not in steps:
     steps, values = [*steps, model['step']], [*values, model['bits_per_byte']]
   loss_curve(os.path.join(run_dir, 'loss_curve.png'), train=metrics.column(records, 'loss'),
@@ -234,8 +239,26 @@ def write(run_dir: str, *, found: Mapping[str, Any], title: str = '') -> dict[st
                        for name, value in found['bits_per_byte'].items()}
   _replace(os.path.join(run_dir, 'report.json'), json.dumps(result, indent=1) + '\n')
   _replace(os.path.join(run_dir, 'report.md'),
-           text(model=model, found=found, records=records, time=time))
+           text(model=model, found=found, records=records, time=time, others=others))
   return result
+
+
+def _heldout(run_dir: str, found: Mapping[str, Any]
+             ) -> tuple[str, dict[str, Any] | None, dict[str, str]]:
+  """The metric and the evaluation of the held-out text; and of other evaluations what they read."""
+  others: dict[str, str] = {}
+  files = sorted(f for f in os.listdir(run_dir) if fnmatch.fnmatch(f, 'evaluation*.json'))
+  for file in sorted(files, key=lambda f: f != 'evaluation.json'):
+    name = file.removeprefix('evaluation').removesuffix('.json').removeprefix('-') or 'eval'
+    model = _evaluation(os.path.join(run_dir, file))
+    if model is None:
+      continue
+    # What does not say what it read is of a loader of the user's own.
+    read = model.get('split'), model.get('sources')
+    if read == (None, None) or read == (found.get('split'), found['sources']):
+      return f'{name}/bits_per_byte', model, others
+    others[name] = f'{file} is of the split {read[0]!r} of {", ".join(read[1] or ["?"])}'
+  return '', None, others
 
 
 def _evaluation(path: str) -> dict[str, Any] | None:
@@ -300,7 +323,8 @@ def dry_run(*, workdir: str, store_dir: str, source: sources_lib.Sources,
     train_limit: as in `report`.
   """
   records = metrics.read_jsonl(os.path.join(workdir, 'metrics.jsonl'))
-  model = _evaluation(os.path.join(workdir, 'evaluation.json'))
+  names = sources_lib.names_of(sources_lib.named(source, store_dir=store_dir))
+  _, model, _ = _heldout(workdir, {'sources': names, 'split': split})
   print(f'{workdir}: {len(records):,} lines of metrics, '
         f'{"no evaluation" if model is None else "evaluated"}')
   baselines.dry_run(store_dir=store_dir, source=source, train_split=train_split, split=split,

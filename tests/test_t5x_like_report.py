@@ -265,6 +265,27 @@ def test_a_store_that_does_not_say_the_bytes_of_its_targets_gets_no_bits_per_byt
   assert 'beats' not in json.loads((tmp_path / 'report.json').read_text())
 
 
+def test_the_report_takes_the_evaluation_of_the_held_out_text(stores, tmp_path):
+  writer = metrics.Jsonl(str(tmp_path / 'metrics.jsonl'))
+  for step in (1, 2):
+    writer.write(step, {'loss': 3.0})
+    writer.write(step, {'eval/bits_per_byte': 0.5})
+    writer.write(step, {'val/bits_per_byte': 2.5})
+  writer.close()
+  on_train = {'step': 2, 'bits_per_byte': 0.5, 'loss': 0.1, 'split': 'train', 'sources': ['code']}
+  (tmp_path / 'evaluation.json').write_text(json.dumps(on_train))
+  report.report(workdir=str(tmp_path), store_dir=str(stores), source='code')
+  text = (tmp_path / 'report.md').read_text()
+  assert "evaluation.json is of the split 'train' of code. Run" in text and '0.5000' not in text
+  held_out = {**on_train, 'bits_per_byte': 2.5, 'split': 'validation'}
+  (tmp_path / 'evaluation-other.json').write_text(json.dumps({**held_out, 'sources': ['b']}))
+  (tmp_path / 'evaluation-val.json').write_text(json.dumps(held_out))
+  report.report(workdir=str(tmp_path), store_dir=str(stores), source='code')
+  assert '**2.5000 bits per byte**' in (tmp_path / 'report.md').read_text()
+  assert report.write(str(tmp_path), found=baselines.baselines(
+    store_dir=str(stores), source='code'))['evaluation'] == held_out
+
+
 GIN = """
 from __gin__ import dynamic_registration
 from t5x_like import report

@@ -171,6 +171,7 @@ def test_evaluation_agrees_with_the_loss_written_out(whole, tmp_path):
        {'params': params})
   assert 'bits per byte unknown (the store does not say' in messages[0]
   silent = json.loads((tmp_path / 'evaluation.json').read_text())
+  assert (silent['split'], silent['sources']) == ('validation', ['toy'])
   assert set(found) - set(silent) == {'bits_per_byte', 'bytes'} and silent['loss'] == found['loss']
 
 

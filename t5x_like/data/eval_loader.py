@@ -35,7 +35,7 @@ class EvalLoader:
     if max_batches is not None:
       sources_lib.check_positive(max_batches=max_batches)
     sources = sources_lib.named(sources, store_dir=store_dir)
-    self.batch_size, self.length = batch_size, length
+    self.batch_size, self.length, self.split = batch_size, length, split
     self._sources = list(sources_lib.open_all(
       sources_lib.names_of(sources), store_dir=store_dir, split=split, length=length,
       packing='concat').values())
@@ -87,6 +87,11 @@ class EvalLoader:
   def stores(self) -> dict[str, store_lib.Store]:
     """The open store of each source."""
     return {source.name: source.store for source in self._sources}
+
+  @property
+  def sources(self) -> list[str]:
+    """Names of the sources, sorted."""
+    return [s.name for s in self._sources]
 
   @property
   def vocab_size(self) -> int:
