@@ -7,7 +7,7 @@ from models.decoder import DecoderLM
 from models.hf import names
 from models.hf.family import Family
 from models.hf.settings import Settings
-from models.hf.table import Row, fused, row
+from models.hf.table import Row, row
 
 # The reference's eager attention adds ALiBi twice, with the mask and again to the scores; its other
 # kernels add it once. We follow the eager one; docs/families.md says what that means for users.
@@ -64,16 +64,10 @@ def _new(config: DecoderConfig) -> bool:
 
 def _rows(config: DecoderConfig) -> list[Row]:
   where, ours = 'transformer.h.{layer}', 'layers/attention'
-  joined = lambda theirs, what, dims: fused(
-      f'{where}.self_attention.query_key_value.{theirs}',
-      (f'{ours}/query/{what}', f'(heads head_dim){dims}'),
-      (f'{ours}/key/{what}', f'(kv_heads head_dim){dims}'),
-      (f'{ours}/value/{what}', f'(kv_heads head_dim){dims}'), groups='kv_heads')
   first, second = ('ln_attn', 'ln_mlp') if config.block == 'parallel_norms' else (
       'input_layernorm', 'post_attention_layernorm')
   return [row('transformer.word_embeddings.weight', 'embed/embedding', 'vocab embed'),
-          joined('weight', 'kernel', ' embed'),
-          *([joined('bias', 'bias', '')] if 'qkv' in config.biases else []),
+          *names.joined(f'{where}.self_attention.query_key_value', config, groups='kv_heads'),
           *names.linear(f'{where}.self_attention.dense', f'{ours}/out', 'embed (heads head_dim)',
                          bias='out' in config.biases),
           *names.norm(f'{where}.{first}', 'layers/norm1', config),

@@ -85,18 +85,11 @@ def _rows_bark(config: DecoderConfig) -> list[Row]:
       row('input_embeds_layer.weight', 'embed/embedding', 'vocab embed'),
       row('position_embeds_layer.weight', 'position/embedding', 'position embed'),
       *names.norm(f'{where}.layernorm_1', 'layers/norm1', config),
-      _bark_joined(where, '(heads head_dim) embed', 'weight', 'kernel'),
-      *([_bark_joined(where, '(heads head_dim)', 'bias', 'bias')] if bias else []),
+      *names.joined(f'{where}.attn.att_proj', config),
       *names.linear(f'{where}.attn.out_proj', f'{ours}/out', 'embed (heads head_dim)', bias=bias),
       *names.norm(f'{where}.layernorm_2', 'layers/norm2', config),
       *names.plain(f'{where}.mlp.in_proj', f'{where}.mlp.out_proj', config),
       *names.norm('layernorm_final', 'norm', config), *names.head('lm_head', config)]
-
-
-def _bark_joined(where: str, dims: str, out: str, what: str) -> Row:
-  kv = dims.replace('(heads', '(kv_heads')
-  return fused(f'{where}.attn.att_proj.{out}', (f'layers/attention/query/{what}', dims),
-               (f'layers/attention/key/{what}', kv), (f'layers/attention/value/{what}', kv))
 
 
 def _masks(config: DecoderConfig) -> dict[str, np.ndarray]:

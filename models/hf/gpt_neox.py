@@ -7,7 +7,7 @@ from models.decoder import DecoderLM
 from models.hf import names
 from models.hf.family import Family
 from models.hf.settings import Settings
-from models.hf.table import Row, fused, row
+from models.hf.table import Row, row
 
 
 def _read(c: Settings) -> DecoderConfig:
@@ -45,14 +45,8 @@ def _older(values: dict[str, Any]) -> dict[str, Any]:
 
 def _rows(config: DecoderConfig) -> list[Row]:
   where, ours = 'gpt_neox.layers.{layer}', 'layers/attention'
-  joined = lambda theirs, what, dims: fused(
-      f'{where}.attention.query_key_value.{theirs}',
-      (f'{ours}/query/{what}', f'(heads head_dim){dims}'),
-      (f'{ours}/key/{what}', f'(kv_heads head_dim){dims}'),
-      (f'{ours}/value/{what}', f'(kv_heads head_dim){dims}'), groups='heads')
   return [row('gpt_neox.embed_in.weight', 'embed/embedding', 'vocab embed'),
-          joined('weight', 'kernel', ' embed'),
-          *([joined('bias', 'bias', '')] if 'qkv' in config.biases else []),
+          *names.joined(f'{where}.attention.query_key_value', config, groups='heads'),
           *names.linear(f'{where}.attention.dense', f'{ours}/out', 'embed (heads head_dim)',
                          bias='out' in config.biases),
           *names.norm(f'{where}.input_layernorm', 'layers/norm1', config),

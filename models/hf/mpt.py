@@ -7,7 +7,7 @@ from models.decoder import DecoderLM
 from models.hf import names
 from models.hf.family import Family
 from models.hf.settings import Settings
-from models.hf.table import Row, fused, row
+from models.hf.table import Row, row
 
 # What transformers' implementation leaves alone, whatever its config.json says.
 _IGNORED = ('attn_config', 'expansion_ratio', 'no_bias', 'norm_type', 'learned_pos_emb')
@@ -48,10 +48,8 @@ def _write(config: DecoderConfig) -> dict[str, Any]:
 
 def _rows(config: DecoderConfig) -> list[Row]:
   where, ours = 'transformer.blocks.{layer}', 'layers/attention'
-  kv = '(kv_heads head_dim) embed'
   return [row('transformer.wte.weight', 'embed/embedding', 'vocab embed'),
-          fused(f'{where}.attn.Wqkv.weight', (f'{ours}/query/kernel', '(heads head_dim) embed'),
-                (f'{ours}/key/kernel', kv), (f'{ours}/value/kernel', kv)),
+          *names.joined(f'{where}.attn.Wqkv', config),
           *names.linear(f'{where}.attn.out_proj', f'{ours}/out', 'embed (heads head_dim)',
                          bias=False),
           *names.plain(f'{where}.ffn.up_proj', f'{where}.ffn.down_proj', config),

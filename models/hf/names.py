@@ -3,7 +3,7 @@
 from typing import Any
 
 from models.config import DecoderConfig
-from models.hf.table import Row, row
+from models.hf.table import Row, fused, row
 
 ACTIVATIONS = {'gelu': 'gelu', 'gelu_tanh': 'gelu_new', 'quick_gelu': 'quick_gelu', 'relu': 'relu',
          'silu': 'silu'}
@@ -54,6 +54,22 @@ def attention(where: str, config: DecoderConfig, *, query: str = 'q_proj', key: 
     rows += [*norm(f'{where}.q_norm', f'{ours}/query_norm', config, dims[0]),
              *norm(f'{where}.k_norm', f'{ours}/key_norm', config, dims[1])]
   return rows
+
+
+def joined(theirs: str, config: DecoderConfig, *, groups: str = '') -> list[Row]:
+  """Query, key and value in one torch Linear, whole after whole or group by group.
+
+  Args:
+    theirs: name of the module.
+    config: ours; says whether there is a bias.
+    groups: logical axis whose entries each hold a piece of all three; '' joins whole ones.
+  """
+  def parts(what: str, rest: str) -> list[tuple[str, str]]:
+    return [(f'layers/attention/{name}/{what}', f'({heads} head_dim){rest}') for name, heads in
+            (('query', 'heads'), ('key', 'kv_heads'), ('value', 'kv_heads'))]
+  rows = [fused(f'{theirs}.weight', *parts('kernel', ' embed'), groups=groups)]
+  return rows + ([fused(f'{theirs}.bias', *parts('bias', ''), groups=groups)]
+                 if 'qkv' in config.biases else [])
 
 
 def gated(where: str, config: DecoderConfig) -> list[Row]:

@@ -26,14 +26,11 @@ def _write(config: DecoderConfig) -> dict[str, Any]:
 
 
 def _rows(config: DecoderConfig) -> list[Row]:
-  where, ours = 'model.layers.{layer}', 'layers/attention'
+  where = 'model.layers.{layer}'
   body = [r for r in names.llama_body(config) if not any(
       name in r.theirs for name in ('q_proj', 'k_proj', 'v_proj'))]
-  kv = '(kv_heads head_dim) embed'
   return [*body,
-          fused(f'{where}.self_attn.qkv_proj.weight',
-                (f'{ours}/query/kernel', '(heads head_dim) embed'), (f'{ours}/key/kernel', kv),
-                (f'{ours}/value/kernel', kv)),
+          *names.joined(f'{where}.self_attn.qkv_proj', config),
           fused(f'{where}.mlp.gate_up_proj.weight', ('layers/mlp/gate/kernel', 'mlp embed'),
                 ('layers/mlp/up/kernel', 'mlp embed')),
           *names.linear(f'{where}.mlp.down_proj', 'layers/mlp/down', 'embed mlp', bias=False),
