@@ -10,6 +10,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, Key
 
+from models import moe
+
 Metrics = dict[str, tuple[jax.Array, jax.Array]]
 
 
@@ -40,19 +42,32 @@ def cross_entropy(logits: Float[Array, 'B L V'], targets: Int[Array, 'B L']
 
 
 def next_token(module: Any, batch: Mapping[str, jax.Array], *, dropout_key: Key[Array, ''] | None
-               = None, z_loss: float = 0.0) -> tuple[jax.Array, jax.Array, Metrics]:
-  """Cross-entropy of the next token, with an optional z-loss.
+               = None, z_loss: float = 0.0, balance_loss: float = 0.0, router_z_loss: float = 0.0
+               ) -> tuple[jax.Array, jax.Array, Metrics]:
+  """Cross-entropy of the next token, with an optional z-loss and those of routers.
 
   Args:
-    module: maps `inputs`, `positions`, `segment_ids` to logits [B, L, V].
+    module: maps `inputs`, `positions`, `segment_ids` to logits [B, L, V]; for the losses of
+      routers it also has `logits_and_router`, as `models.decoder.Decoder` does.
     batch: `inputs`, `targets`, `positions`, `segment_ids` int32 [B, L]; `loss_weights` float32.
     dropout_key: None disables dropout.
     z_loss: weight of log(Z)^2 (PaLM, arXiv:2204.02311, section 5), which keeps logits near 0.
+    balance_loss: weight of `models.moe.balance_loss`; Switch's is 0.01, Mixtral's 0.02.
+    router_z_loss: weight of `models.moe.z_loss`; ST-MoE's is 0.001.
   Returns:
-    The weighted sum of losses in nats, the sum of weights, and metrics as (sum, weight).
+    The weighted sum of losses in nats, the sum of weights, and metrics as (sum, weight). Those of
+    routers, `balance_loss`, `router_z_loss` and the share of `dropped` choices, are reported
+    before their weight, so that they can be compared between runs.
+  Raises:
+    ValueError: losses of routers for a model without experts.
   """
-  logits = module(batch['inputs'], positions=batch['positions'],
-                  segment_ids=batch['segment_ids'], dropout_key=dropout_key)
+  given = dict(positions=batch['positions'], segment_ids=batch['segment_ids'],
+               dropout_key=dropout_key)
+  routed = None
+  if balance_loss or router_z_loss:
+    logits, routed = _with_router(module)(batch['inputs'], **given)
+  else:
+    logits = module(batch['inputs'], **given)
   nll, log_z = cross_entropy(logits, batch['targets'])
   weights = batch['loss_weights'].astype(jnp.float32)
   weight, loss = jnp.sum(weights), jnp.sum(nll * weights)
@@ -61,4 +76,17 @@ def next_token(module: Any, batch: Mapping[str, jax.Array], *, dropout_key: Key[
     extra = z_loss * jnp.sum(jnp.square(log_z) * weights)
     metrics['z_loss'] = (extra, weight)
     loss = loss + extra
+  if routed is not None:
+    # Means over the batch already: times the weight, they stay so when it is divided by.
+    balance, router_z = moe.balance_loss(routed) * weight, moe.z_loss(routed) * weight
+    loss = loss + balance_loss * balance + router_z_loss * router_z
+    metrics |= {'balance_loss': (balance, weight), 'router_z_loss': (router_z, weight),
+                'dropped': moe.dropped(routed)}
   return loss, weight, metrics
+
+
+def _with_router(module: Any) -> Any:
+  if not hasattr(module, 'logits_and_router'):
+    raise ValueError(f'balance_loss and router_z_loss need a model with logits_and_router; '
+                     f'{type(module).__name__} has none: set both to 0')
+  return module.logits_and_router

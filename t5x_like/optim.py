@@ -27,9 +27,11 @@ ROLES: Rules = (
     (r'(^|/)head/kernel$', 'head'),
     (r'(^|/)kernel$', 'matrix'),
 )
-# How many dims of a kernel are summed over, not counting a stack of layers. The rest are outputs.
+# How many dims of a kernel are summed over, not counting stacks of layers or experts.
 INPUT_DIMS = ((r'(^|/)attention/out/kernel$', 2), (r'', 1))
 _STACKED = re.compile(r'(^|/)layers/(?!\d+(/|$))')
+# A mixture of experts has one such kernel per expert, stacked after the layers.
+_EXPERTS = re.compile(r'(^|/)mlp/(gate|up|down)/kernel$')
 
 
 class Optimizer(optax.GradientTransformation):
@@ -277,6 +279,7 @@ def _optimizer(parts: list, *, learning_rate: float | schedules.Schedule, weight
 
 def _dims(name: str, x: Any, inputs: Sequence[tuple[str, int]]) -> contrib.MuonDimensionNumbers:
   first = 1 if _STACKED.search(name) else 0
+  first += 1 if _EXPERTS.search(name) and x.ndim == first + 3 else 0
   count = next(count for pattern, count in inputs if re.search(pattern, name))
   if not 1 <= count < x.ndim - first:
     raise ValueError(

@@ -26,8 +26,8 @@ def model(**settings) -> DecoderLM:
 
 def structure(definition=None, rules=None, **sizes) -> state.Structure:
   """The model on a mesh; one device unless sizes say otherwise."""
-  count = int(np.prod(list(sizes.values()))) if sizes else 1
   mode = sizes.pop('mode', 'auto')
+  count = int(np.prod(list(sizes.values()))) if sizes else 1
   mesh = mesh_lib.make_mesh(devices=count, mode=mode, **(sizes or {'data': 1}))
   return state.describe(definition or model(), mesh, rules or rules_lib.fsdp_tensor())
 

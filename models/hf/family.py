@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 
 from models import hf
+from models.config import DecoderConfig
 from models.hf import table
 from models.hf.settings import Settings
 
@@ -118,10 +119,17 @@ def of_config(config: Any) -> list[Family]:
 
 
 def structure(config: Any) -> Any:
-  """A configuration with the settings that no file of theirs knows at their defaults."""
+  """A configuration with the settings that no file of theirs knows at their defaults.
+
+  What None stands for is written out, so that it equals the same said in numbers.
+  """
   ours = {'layer_loop', 'remat', 'dtype', 'kernel', 'dropout', 'expert_capacity'}
   defaults = {f.name: f.default for f in dataclasses.fields(config) if f.name in ours}
   nested = {f.name: structure(getattr(config, f.name)) for f in dataclasses.fields(config)
             if f.name in ('encoder', 'decoder', 'stack')
             and dataclasses.is_dataclass(getattr(config, f.name))}
+  if isinstance(config, DecoderConfig):
+    width, scale = config.width_of_head, config.attention_scale
+    defaults |= {'head_dim': width, 'kv_heads': config.num_kv_heads, 'out_vocab': config.head_vocab,
+                 'attention_scale': width**-0.5 if scale is None else scale}
   return dataclasses.replace(config, **defaults, **nested)
