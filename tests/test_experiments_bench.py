@@ -92,6 +92,17 @@ def test_script_measures_the_data_from_anywhere(tmp_path, environment):
     'machine', 'data'}
 
 
+def test_import(tmp_path):
+  rows, _ = _bench(tmp_path, '--only', 'import')
+  # Two tables, and per layer queries and outputs, keys and values, three matrices, two norms.
+  count = 2 * 512 * 64 + 64 + 2 * (2 * 64 * 64 + 2 * 64 * 32 + 3 * 64 * 96 + 2 * 64)
+  assert rows['import', 'size'] == pytest.approx(2 * count / 1e6)
+  assert rows['import', 'speed'] == pytest.approx(
+      rows['import', 'size'] / rows['import', 'import, launch to end'])
+  assert rows['import', 'peak RSS above an idle process'] < 0.999 * rows['import', 'peak RSS']
+  assert rows['import', 'share of what is allowed'] < 100
+
+
 def test_torch_is_left_out_with_a_reason(tmp_path):
   _, printed = _bench(tmp_path, '--only', 'torch')
   assert 'left out: give --torch_python' in printed
@@ -139,7 +150,8 @@ def test_stores_hold_what_was_asked_for(tmp_path):
 
 
 @pytest.mark.parametrize('flags, message', [
-  (['--only', 'stp'], "'stp' is none of startup, data, step, loop, torch; did you mean 'step'?"),
+  (['--only', 'stp'],
+   "'stp' is none of startup, data, import, step, loop, torch; did you mean 'step'?"),
   (['--ony', 'step'], "unknown option '--ony'; did you mean '--only'?"),
   (['--dtypes', 'f32'], "'f32' is none of float32, bfloat16"),
   (['--model', 'bnch'], "'bnch' is no file in gin/models; did you mean 'bench'?"),

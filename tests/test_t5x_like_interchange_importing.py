@@ -68,6 +68,21 @@ def test_generate_continues_an_import_as_the_reference_does(tmp_path, capsys):
   assert printed.out.split('\n---')[0] == ' '.join(map(str, ids[1:])) + ' '.join(map(str, new))
 
 
+def test_commands_of_the_documentation(tmp_path):
+  root = pathlib.Path(__file__).parent.parent
+  shutil.copytree(_LLAMA, tmp_path / 'llama')
+  text = (root / 'docs/interchange.md').read_text()
+  block = text.split('```bash\n')[1].split('```')[0]
+  for line in block.splitlines():
+    words = line.split()
+    assert words[:3] == ['python', '-m', 't5x_like.convert']
+    done = subprocess.run([sys.executable, *words[1:]], cwd=tmp_path, text=True,
+                          capture_output=True, env={**os.environ, 'PYTHONPATH': str(root)})
+    assert done.returncode == 0, done.stderr
+  again = (tmp_path / 'llama-again/model.safetensors').read_bytes()
+  assert len(again) > 100_000 and (tmp_path / 'runs/llama/model.gin').exists()
+
+
 def test_settings_and_tokenizer_files_are_kept(tmp_path):
   theirs = _copy(tmp_path)
   names = ('tokenizer.json', 'tokenizer.model')
@@ -97,6 +112,16 @@ def test_import_onto_a_mesh_follows_its_shards_and_restores_there(tmp_path, monk
   assert step == 0 and extra['imported'] == {
       'family': 'llama', 'model_type': 'llama', 'dtype': 'F32', 'other_dtypes': {}}
   assert toy.tree_equal(found['params'], golden_hf.params('llama2_gqa', structure))
+
+
+def test_slabs_need_not_divide_a_tensor(tmp_path, monkeypatch):
+  monkeypatch.setattr(arrays, 'SLAB', 5 * 72 * 4)
+  out = importing.import_folder(str(_LLAMA), out=str(tmp_path / 'out'))
+  written = json.loads((tmp_path / 'out/0/state/params.layers.mlp.up.kernel/.zarray').read_text())
+  assert written['chunks'] == [1, 5, 72] and written['shape'] == [2, 32, 72]
+  structure = golden_hf.structure('llama2_gqa')
+  assert toy.tree_equal(checkpoints.load_params(out, structure.shapes),
+                        golden_hf.params('llama2_gqa', structure))
 
 
 def test_dtype_is_that_of_the_files_unless_asked_for(tmp_path):

@@ -1,6 +1,7 @@
-"""Measures this machine, the training step, the loop, the start and the data; see ./scripts/bench.
+"""Measures this machine, the training step, the loop, the start, the data and imports.
 
-Prints a table while it measures. Sections run in this order, each alone if asked for.
+Prints a table while it measures, as ./scripts/bench does. Sections run in this order, each alone
+if asked for.
 """
 
 import argparse
@@ -17,6 +18,7 @@ from t5x_like import failures, ginfiles, names
 SECTIONS = {
   'startup': 'startup.measure',
   'data': 'data.measure',
+  'import': 'interchange.measure',
   'step': 'speed.measure_step',
   'loop': 'speed.measure_loop',
   'torch': 'torch_side.measure',

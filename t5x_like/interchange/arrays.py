@@ -75,11 +75,12 @@ class Writer:
                                   if index else 0)
     width = self.entry_size // max(1, self.rows)
     for row in range(0, self.rows, self.step):
-      part = value[row:row + self.step] if value.ndim else value
+      stop = min(row + self.step, self.rows)
+      part = value[row:stop] if value.ndim else value
       with np.errstate(over='ignore'):  # What overflows is counted as infinite.
         slab = np.ascontiguousarray(part).astype(self.dtype, copy=False)
       sums.add(slab, start + row * width)
-      where = (*index, slice(row, row + self.step)) if value.ndim else index
+      where = (*index, slice(row, stop)) if value.ndim else index
       while len(self._pending) >= _IN_FLIGHT:
         self._pending.popleft().result()
       self._pending.append(self._store[where].write(slab.reshape(part.shape)))
