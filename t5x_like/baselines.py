@@ -243,6 +243,7 @@ def baselines(*, store_dir: str, source: sources_lib.Sources, train_split: str =
   Raises:
     ValueError: if there is no such store, or vocabularies differ.
   """
+  store_dir = os.path.expanduser(store_dir)
   names, train, heldout = _open(source, store_dir=store_dir, splits=(train_split, split))
   key = store_lib.combined_fingerprint(
     [_FORMAT, [s.fingerprint for s in train], [s.fingerprint for s in heldout], train_limit,

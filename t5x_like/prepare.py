@@ -51,6 +51,7 @@ def prepare(*, task: Task | Sequence[Task], store_dir: str,
     raise ValueError(f"existing={existing!r} is unknown; allowed: 'refuse', 'rebuild'")
   if naming not in ('plain', 'content'):
     raise ValueError(f"naming={naming!r} is unknown; allowed: 'plain', 'content'")
+  store_dir = os.path.expanduser(store_dir)
   mixtures, tasks = _resolved(task)
   os.makedirs(store_dir, exist_ok=True)
   tasks = _with_vocabulary(tasks, vocabulary=vocabulary, store_dir=store_dir)
@@ -89,6 +90,7 @@ def dry_run(*, task: Task | Sequence[Task], store_dir: str,
   """
   print(f'vocabulary: {vocabulary}; processes: {processes or "one per core"}; existing stores that '
         f'differ: {existing}; names: {naming}')
+  store_dir = os.path.expanduser(store_dir)
   for one in _resolved(task)[1]:
     files = one.files()
     print(f'task {one.name}: {len(files)} files, {sum(f.bytes for f in files) / 1e6:,.1f} MB; '

@@ -54,7 +54,7 @@ def check(run: epath.PathLike, *, loader: Any = None, vocabulary: Any = None) ->
   Raises:
     ValueError: the vocabulary, or a store of the same name, is another one.
   """
-  folder = epath.Path(run)
+  folder = epath.Path(os.path.expanduser(run))
   path = (folder.parent if folder.name.isdigit() else folder) / FILE
   if not path.exists():
     return

@@ -295,6 +295,7 @@ def report(*, workdir: str, store_dir: str, source: sources_lib.Sources,
     split: held-out split.
     train_limit: bytes of training text the compressors are primed with, at most.
   """
+  workdir = os.path.expanduser(workdir)
   found = baselines.baselines(store_dir=store_dir, source=source, train_split=train_split,
                               split=split, train_limit=train_limit)
   title = f'{", ".join(found["sources"])}: {os.path.basename(os.path.normpath(workdir))}'
@@ -322,6 +323,7 @@ def dry_run(*, workdir: str, store_dir: str, source: sources_lib.Sources,
     split: as in `report`.
     train_limit: as in `report`.
   """
+  workdir = os.path.expanduser(workdir)
   records = metrics.read_jsonl(os.path.join(workdir, 'metrics.jsonl'))
   names = sources_lib.names_of(sources_lib.named(source, store_dir=store_dir))
   _, model, _ = _heldout(workdir, {'sources': names, 'split': split})

@@ -7,19 +7,27 @@ from t5x_like import config
 if __name__ == '__main__':  # Before the slow imports: flags are answered at once.
   sys.exit(config.run('t5x_like.train.train'))
 
-import base64
 import contextlib
 import os
 from collections.abc import Sequence
 from concurrent import futures
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import jax
 import optax
 from jax.sharding import Mesh
 
 from partitioning import rules as rules_lib
-from t5x_like import checkpoints, ledger, limits, locks, losses, preview, provenance
+from t5x_like import (
+  checkpoints,
+  ledger,
+  limits,
+  locks,
+  losses,
+  preview,
+  provenance,
+  resume,
+)
 from t5x_like import state as state_lib
 from t5x_like import step as step_lib
 from t5x_like.hooks import Hook
@@ -27,6 +35,7 @@ from t5x_like.loop import Loop
 from t5x_like.outputs import Outputs
 
 STOPPED = 143  # exit status of a run stopped by SIGTERM, as a shell would report it
+Change = Literal['refuse', 'allow']
 
 
 def train(*, model: state_lib.Model, loader: step_lib.Loader,
@@ -34,9 +43,10 @@ def train(*, model: state_lib.Model, loader: step_lib.Loader,
           rules: rules_lib.Rules, steps: int, workdir: str,
           checkpointer: checkpoints.Checkpointer | None = None, hooks: Sequence[Hook] = (),
           seed: int = 0, microbatches: int = 1, ema: float | None = None,
-          initial: str | None = None, data_change: Literal['refuse', 'allow'] = 'refuse',
-          log_every: int = 10, writers: Sequence[Literal['jsonl', 'tensorboard', 'wandb']] =
-          ('jsonl', 'tensorboard')) -> dict[str, Any]:
+          initial: str | None = None, data_change: Change = 'refuse',
+          model_change: Change = 'refuse', log_every: int = 10,
+          writers: Sequence[Literal['jsonl', 'tensorboard', 'wandb']] = ('jsonl', 'tensorboard')
+          ) -> dict[str, Any]:
   """Trains until `steps` updates are done, resuming from the newest good checkpoint.
 
   Args:
@@ -55,6 +65,7 @@ def train(*, model: state_lib.Model, loader: step_lib.Loader,
     ema: decay of an average of the parameters kept for evaluation, in (0, 1).
     initial: directory of checkpoints whose newest weights a fresh run starts from.
     data_change: whether a resumed run may read other data than its checkpoint was trained on.
+    model_change: whether a resumed run's model may compute something else from equal shapes.
     log_every: updates between metric records.
     writers: which metric records to keep.
   Returns:
@@ -66,20 +77,26 @@ def train(*, model: state_lib.Model, loader: step_lib.Loader,
     SystemExit: SIGTERM arrived; the state has been saved.
   """
   _check(model=model, loader=loader, steps=steps, log_every=log_every, microbatches=microbatches,
-         ema=ema, hooks=hooks, data_change=data_change)
+         ema=ema, hooks=hooks, data_change=data_change, model_change=model_change)
   plan = _Plan(model, loader, optimizer, loss, mesh, rules, seed=seed, microbatches=microbatches,
                ema=ema)
+  workdir = os.path.expanduser(workdir)
+  begin = lambda: _start(plan, checkpointer, initial, data_change, model_change)
   with contextlib.ExitStack() as held:
     for folder in _folders(workdir, checkpointer) if jax.process_index() == 0 else ():
       held.enter_context(locks.alone(folder))
+    held.enter_context(checkpointer or contextlib.nullcontext())
+    if checkpointer is not None and max(checkpointer.steps(), default=0) >= steps:
+      start, _ = begin()
+      if start >= steps:  # Unless the newest was damaged.
+        return _nothing_to_do(start, steps, workdir)
     book = held.enter_context(ledger.Ledger(
         os.path.join(workdir, 'ledger.jsonl') if jax.process_index() == 0 else None,
         started=ledger.process_start()))
-    held.enter_context(checkpointer or contextlib.nullcontext())
     background = held.enter_context(_background())
     # The step compiles while the state is drawn or restored.
     compiling = background.submit(lambda: plan.lower().compile())
-    start, train_state = _start(plan, checkpointer, initial, data_change)
+    start, train_state = begin()
     book.resume(start)
     if jax.process_index() == 0:
       config.record(workdir)
@@ -103,15 +120,17 @@ def train(*, model: state_lib.Model, loader: step_lib.Loader,
 
 def _check(*, model: state_lib.Model, loader: step_lib.Loader, steps: int,
            hooks: Sequence[Hook] = (), microbatches: int = 1, ema: float | None = None,
-           data_change: str = 'refuse', log_every: int = 10, **unused: Any) -> None:
+           data_change: str = 'refuse', model_change: str = 'refuse', log_every: int = 10,
+           **unused: Any) -> None:
   """Refuses what can be seen from the settings alone."""
   if steps < 1 or log_every < 1 or microbatches < 1:
     raise ValueError(f'steps={steps}, log_every={log_every} and microbatches={microbatches} must '
                      f'be at least 1')
   if ema is not None and not 0 < ema < 1:
     raise ValueError(f'ema={ema} must be in (0, 1)')
-  if data_change not in ('refuse', 'allow'):
-    raise ValueError(f"data_change={data_change!r} is unknown; allowed: 'refuse', 'allow'")
+  for name, value in (('data_change', data_change), ('model_change', model_change)):
+    if value not in get_args(Change):
+      raise ValueError(f"{name}={value!r} is unknown; allowed: 'refuse', 'allow'")
   for hook in hooks:
     if (check := getattr(hook, 'check', None)) is not None:
       check(model=model, loader=loader)
@@ -144,7 +163,7 @@ class _Plan:
     self.abstract = state_lib.abstract(self.structure, optimizer, ema=ema is not None)
     self.train_step = step_lib.make(self.structure, optimizer, loss, seed=seed,
                                     microbatches=microbatches, ema=ema)
-    self.extra = {'data': loader.fingerprint, 'seed': seed}
+    self.extra = {'data': loader.fingerprint, 'seed': seed, 'model': resume.definition(model)}
     first = next(iter(self.shapes.values()))
     self.length = first.shape[1] if len(first.shape) > 1 else 1
     for line in limits.notes(model, length=self.length) + rules_lib.replicated_report(
@@ -155,20 +174,21 @@ class _Plan:
     return step_lib.lower(self.train_step, self.structure, self.abstract, self.shapes)
 
 
+def _nothing_to_do(start: int, steps: int, workdir: str) -> dict[str, Any]:
+  print(f'already at update {start} of {steps}: nothing to do; raise TRAIN_STEPS to train on',
+        file=sys.stderr)
+  past = ledger.account(ledger.load(os.path.join(workdir, 'ledger.jsonl')))
+  return {'step': start, 'loss': None, 'metrics': {}, 'ledger': past.as_dict()}
+
+
 def _start(plan: _Plan, checkpointer: checkpoints.Checkpointer | None, initial: str | None,
-           data_change: str) -> tuple[int, Any]:
-  """The state to go on from and the updates it has had."""
-  found = None if checkpointer is None else checkpointer.restore(plan.abstract)
-  if found is not None:
-    start, train_state, extra = found
-    if extra.get('data') != plan.loader.fingerprint and data_change == 'refuse':
-      raise ValueError(
-          f'the checkpoint at update {start} was trained on other data or another order '
-          f'({str(extra.get("data"))[:12]}, now {plan.loader.fingerprint[:12]}); start a new run '
-          f'from its weights with train.initial, or set train.data_change = \'allow\'')
-    if 'loader_state' in extra:
-      plan.loader.restore(base64.b64decode(extra['loader_state']))  # pyright: ignore
-    return start, train_state
+           data_change: str, model_change: str) -> tuple[int, Any]:
+  """The updates done and the state to go on from."""
+  if checkpointer is not None:
+    found = resume.newest(checkpointer, plan.abstract, extra=plan.extra, loader=plan.loader,
+                          data_change=data_change, model_change=model_change)
+    if found is not None:
+      return found
   train_state = state_lib.initial(plan.model, plan.structure, plan.optimizer, seed=plan.seed,
                                   ema=plan.ema is not None)
   if initial is not None:

@@ -56,6 +56,7 @@ def named(sources: Sources, *, store_dir: str) -> Sources:
   Raises:
     ValueError: the mixture's file is not what `prepare` writes.
   """
+  store_dir = os.path.expanduser(store_dir)
   if not isinstance(sources, str) or os.path.isdir(os.path.join(store_dir, sources)):
     return sources
   path = os.path.join(store_dir, 'mixtures', f'{sources}.json')

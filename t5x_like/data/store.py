@@ -62,6 +62,7 @@ def store_path(store_dir: str, *, source: str, split: str) -> str:
   Raises:
     ValueError: there is no such store; names the nearest one.
   """
+  store_dir = os.path.expanduser(store_dir)
   path = os.path.join(store_dir, source, split)
   if os.path.isdir(path):
     return path

@@ -275,6 +275,7 @@ def load(source: str, *, extra_ids: int = 0) -> Vocabulary:
   """
   if source == 'bytes':
     return ByteVocabulary(extra_ids=extra_ids)
+  source = os.path.expanduser(source)
   if source.endswith('.json'):
     return TokenizerJsonVocabulary(source, extra_ids=extra_ids)
   if source.endswith(('.model', '.spm')) or os.path.exists(source):
