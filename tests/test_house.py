@@ -29,6 +29,7 @@ _ALLOWED = {
   'experiments': {
     't5x_like',
     't5x_like.data',
+    't5x_like.interchange',
     't5x_like.serve',
     't5x_like.tune',
     'models',
