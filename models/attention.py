@@ -66,6 +66,21 @@ class Mask:
     return self.window if self.windowed is True else None
 
 
+@dataclasses.dataclass(frozen=True)
+class Memory:
+  """What an encoder leaves for the layers of a decoder to read.
+
+  Attributes:
+    states: [B, S, D], of which each layer makes keys and values; or None where they are given.
+    keys_values: keys and values [B, S, G, K] of a layer, or [N, B, S, G, K] of all.
+    mask: who reads what.
+  """
+
+  mask: Mask
+  states: Float[Array, 'B S D'] | None = None
+  keys_values: tuple[jax.Array, jax.Array] | None = None
+
+
 def reference(q: Float[Array, 'B L H K'], k: Float[Array, 'B S G K'], v: Float[Array, 'B S G K'],
               mask: Mask, bias: Float[Array, '#B H L S'] | None, *, softcap: float | None = None
               ) -> Float[Array, 'B L H K']:
@@ -227,7 +242,8 @@ class Attention(nnx.Module):
     self.key_norm = None if dims is None else layers.Norm(config, dims[1])
 
   def __call__(self, x: Float[Array, 'B L D'], *, mask: Mask, rotary: positions.Rotary | None,
-               cached: tuple[jax.Array, jax.Array] | None
+               cached: tuple[jax.Array, jax.Array] | None,
+               bias: Float[Array, '#B H L S'] | None = None
                ) -> tuple[Float[Array, 'B L D'], tuple[jax.Array, jax.Array] | None]:
     """Self-attention over this row, or over the cache while decoding.
 
@@ -236,17 +252,17 @@ class Attention(nnx.Module):
       mask: described for the keys actually attended to (the cache's when decoding).
       rotary: cosine and sine tables, or None.
       cached: keys and values [B, S, G, K] of this layer, or None.
+      bias: added to the scores, or None.
     Returns:
       The output and the updated keys and values (None without a cache).
     """
     config = self.config
-    q, k, v = self._projected(x)
+    q, (k, v) = self._queries(x), self.keys_values(x)
     if rotary is not None:
       q, k = (positions.rotate(a, *rotary, layout=config.rope_layout) for a in (q, k))
     if cached is not None:
       write = lambda old, new: jax.lax.dynamic_update_slice_in_dim(old, new, mask.offset, 1)
       k, v = cached = (write(cached[0], k), write(cached[1], v))
-    bias = None
     if config.position == 'alibi':
       slopes = positions.alibi_slopes(config.heads, config.alibi_order)
       slopes = config.alibi_scale * jnp.asarray(slopes, jnp.float32)
@@ -256,12 +272,33 @@ class Attention(nnx.Module):
     out = rules.constrain(out, 'batch', 'length', 'heads', 'head_dim')
     return self.out(out, ('embed',)), cached
 
-  def _projected(self, x):
-    q = self.query(x, ('heads', 'head_dim'))
-    k = self.key(x, ('kv_heads', 'head_dim'))
-    v = self.value(x, ('kv_heads', 'head_dim'))
-    if self.config.clip_qkv is not None:
-      q, k, v = (jnp.clip(a, -self.config.clip_qkv, self.config.clip_qkv) for a in (q, k, v))
-    if self.query_norm is not None and self.key_norm is not None:
-      q, k = self.query_norm(q), self.key_norm(k)
-    return q, k, v
+  def read(self, x: Float[Array, 'B L D'], memory: Memory) -> Float[Array, 'B L D']:
+    """Attention of this row over what an encoder left, without positions.
+
+    Args:
+      x: normalised residual stream.
+      memory: states, or this layer's keys and values.
+    """
+    found = memory.keys_values
+    if found is None:
+      assert memory.states is not None
+      found = self.keys_values(memory.states)
+    out = attend(self._queries(x), *found, mask=memory.mask, kernel=self.config.kernel,
+                 scale=self.config.attention_scale, softcap=self.config.attention_softcap)
+    out = rules.constrain(out, 'batch', 'length', 'heads', 'head_dim')
+    return self.out(out, ('embed',))
+
+  def keys_values(self, x: Float[Array, 'B S D']
+                  ) -> tuple[Float[Array, 'B S G K'], Float[Array, 'B S G K']]:
+    """Keys and values, before rotation."""
+    k = self._clipped(self.key(x, ('kv_heads', 'head_dim')))
+    v = self._clipped(self.value(x, ('kv_heads', 'head_dim')))
+    return k if self.key_norm is None else self.key_norm(k), v
+
+  def _queries(self, x):
+    q = self._clipped(self.query(x, ('heads', 'head_dim')))
+    return q if self.query_norm is None else self.query_norm(q)
+
+  def _clipped(self, x):
+    limit = self.config.clip_qkv
+    return x if limit is None else jnp.clip(x, -limit, limit)

@@ -27,6 +27,22 @@ class Cache(NamedTuple):
   index: jax.Array
 
 
+class EncDecCache(NamedTuple):
+  """A decoder's own keys and values, and those of the encoder it reads.
+
+  Attributes:
+    own: of the decoder.
+    key: [N, B, S, G, K] of the encoder's states, made once.
+    value: [N, B, S, G, K].
+    segments: [B, S] int32, 0 where the encoder's input is padding.
+  """
+
+  own: Cache
+  key: jax.Array
+  value: jax.Array
+  segments: jax.Array
+
+
 def empty(config: DecoderConfig, batch: int, length: int) -> Cache:
   """A cache with `length` free slots per row."""
   shape = (config.layers, batch, length, config.num_kv_heads, config.width_of_head)

@@ -78,7 +78,8 @@ class DecoderConfig:
       x + norm(f(norm(x))), as Gemma 2; 'residual' norm(x + f(x)), as BERT.
     block: 'serial' (attention, then MLP); 'parallel' (both read the same normalised residual, as
       GPT-J); 'parallel_norms' (both read the same residual, each through its own norm, as NeoX).
-    position: 'rope' (arXiv:2104.09864), 'alibi' (arXiv:2108.12409), 'learned' or 'none'.
+    position: 'rope' (arXiv:2104.09864), 'alibi' (arXiv:2108.12409), 'relative' (a learned bias per
+      bucket of distances, T5, arXiv:1910.10683), 'learned' or 'none'.
     rope_theta: base of the rotary frequencies.
     rope_fraction: share of head_dim that rotates.
     rope_layout: which dims rotate together: 'halves' as NeoX and Llama, 'neighbours' as GPT-J.
@@ -86,6 +87,8 @@ class DecoderConfig:
     local_rope_theta: base in layers of kind 'local'; None: as in the others, scaling included.
     alibi_order: order of the slopes of head counts that are no power of two: 'paper' or 'mpt'.
     alibi_scale: multiplies the slopes; Falcon's is head_dim ** -0.5.
+    relative_buckets: of distances, both directions together.
+    relative_distance: from which on all distances share a bucket.
     max_length: longest row; needed by learned positions, a check for the others.
     embeddings: 'tied' shares the input table with the output head, 'untied' has two.
     embed_scale: multiplies the embedded tokens; Gemma's is embed ** 0.5.
@@ -124,7 +127,7 @@ class DecoderConfig:
   norm_offset: float = 0.0
   norms: Literal['pre', 'branch', 'both', 'residual'] = 'pre'
   block: Literal['serial', 'parallel', 'parallel_norms'] = 'serial'
-  position: Literal['rope', 'alibi', 'learned', 'none'] = 'rope'
+  position: Literal['rope', 'alibi', 'relative', 'learned', 'none'] = 'rope'
   rope_theta: float = 10000.0
   rope_fraction: float = 1.0
   rope_layout: Literal['halves', 'neighbours'] = 'halves'
@@ -132,6 +135,8 @@ class DecoderConfig:
   local_rope_theta: float | None = None
   alibi_order: Literal['paper', 'mpt'] = 'paper'
   alibi_scale: float = 1.0
+  relative_buckets: int = 32
+  relative_distance: int = 128
   max_length: int = 2048
   embeddings: Literal['tied', 'untied'] = 'untied'
   embed_scale: float = 1.0
@@ -175,6 +180,9 @@ class DecoderConfig:
     self._check_combinations()
 
   def _check_combinations(self):
+    if self.position == 'relative' and not 4 <= self.relative_buckets <= self.relative_distance:
+      raise ValueError(f'DecoderConfig.relative_buckets={self.relative_buckets} must be at least 4 '
+                       f'and at most relative_distance={self.relative_distance}')
     if 'local' in self.pattern and self.window is None and self.local_rope_theta is None:
       raise ValueError("DecoderConfig.pattern has 'local' layers; set their window")
     if self.window is not None and (self.window < 1 or 'local' not in self.pattern):

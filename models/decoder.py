@@ -5,7 +5,7 @@ Letters: B batch, L length, D embed, V vocab.
 
 import dataclasses
 import functools
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -28,9 +28,10 @@ HEAD_SCALE = 0.1
 
 
 class Block(nnx.Module):
-  """Attention and MLP around the residual stream."""
+  """Attention and MLP around the residual stream; between them, perhaps, a look at an encoder."""
 
-  def __init__(self, config: DecoderConfig, rngs: nnx.Rngs):
+  def __init__(self, config: DecoderConfig, rngs: nnx.Rngs, *,
+               memory: Literal['none', 'read'] = 'none'):
     self.config = config
     # All 2 x layers branches together start as large as the embedding they are added to (GPT-2's
     # 1/sqrt(2 layers)); larger, they would drown the token, which costs half the early learning.
@@ -43,14 +44,18 @@ class Block(nnx.Module):
     self.attention = attention.Attention(config, rngs, out_scale=scale)
     one = layers.MLP if config.experts is None else moe.Experts
     self.mlp = one(config, rngs, out_scale=scale)
+    reads = memory == 'read'
+    self.cross_norm, self.cross_after = norm(before and reads), norm(after and reads)
+    self.cross = attention.Attention(config, rngs, out_scale=scale) if reads else None
 
   def __call__(self, x: Float[Array, 'B L D'], *, mask: attention.Mask, rotary: tuple | None,
-               cached: tuple | None, key: Key[Array, ''] | None
+               cached: tuple | None, key: Key[Array, ''] | None,
+               bias: jax.Array | None = None, memory: attention.Memory | None = None
                ) -> tuple[Float[Array, 'B L D'], tuple | None, moe.Routed | None]:
     rate, residual = self.config.dropout, self.config.norms == 'residual'
     keys = (None, None) if key is None else jax.random.split(key)
     h = _maybe(self.norm1, x)
-    attended, cached = self.attention(h, mask=mask, rotary=rotary, cached=cached)
+    attended, cached = self.attention(h, mask=mask, rotary=rotary, cached=cached, bias=bias)
     if not residual:
       attended = _maybe(self.after1, attended)
     attended = layers.dropout(attended, rate, keys[0])
@@ -60,12 +65,22 @@ class Block(nnx.Module):
       x = x + attended + layers.dropout(made, rate, keys[1])
       return rules.constrain(x, 'batch', 'length', 'embed'), cached, routed
     x = _maybe(self.after1, x + attended) if residual else x + attended
+    if self.cross is not None and memory is not None:
+      x = self._read(x, memory, None if key is None else jax.random.fold_in(key, 2))
     made, routed = self._mlp(_maybe(self.norm2, x), mask)
     if not residual:
       made = _maybe(self.after2, made)
     x = x + layers.dropout(made, rate, keys[1])
     x = _maybe(self.after2, x) if residual else x
     return rules.constrain(x, 'batch', 'length', 'embed'), cached, routed
+
+  def _read(self, x: jax.Array, memory: attention.Memory, key: Any) -> jax.Array:
+    assert self.cross is not None
+    residual = self.config.norms == 'residual'
+    found = self.cross.read(_maybe(self.cross_norm, x), memory)
+    found = found if residual else _maybe(self.cross_after, found)
+    x = x + layers.dropout(found, self.config.dropout, key)
+    return _maybe(self.cross_after, x) if residual else x
 
   def _mlp(self, x: jax.Array, mask: attention.Mask) -> tuple[jax.Array, moe.Routed | None]:
     if isinstance(self.mlp, moe.Experts):
@@ -91,6 +106,70 @@ unstack.defvjp(lambda stacked: (unstack(stacked), None),
                lambda _, grads: (jax.tree.map(lambda *g: jnp.stack(g), *grads),))
 
 
+def counted(inputs: Int[Array, 'B L']) -> Int[Array, 'B L']:
+  """Positions 0, 1, ... of every row."""
+  return jnp.broadcast_to(jnp.arange(inputs.shape[1], dtype=jnp.int32)[None], inputs.shape)
+
+
+def dropout_keys(config: DecoderConfig, key: Key[Array, ''] | None) -> tuple[Any, Any]:
+  """Dropout keys of the embedded input and of each layer; (None, None) where nothing is dropped."""
+  if key is None or not config.dropout:
+    return None, None
+  input_key, layer_key = jax.random.split(key)
+  return input_key, jax.random.split(layer_key, config.layers)
+
+
+def run_layers(config: DecoderConfig, blocks: Block, x: Float[Array, 'B L D'], *, mask:
+               attention.Mask, tables: tuple, cached: tuple | None = None, layer_keys: Any = None,
+               bias: jax.Array | None = None, memory: attention.Memory | None = None
+               ) -> tuple[Float[Array, 'B L D'], Any]:
+  """Runs stacked blocks one after the other, scanned or unrolled.
+
+  Args:
+    config: of the blocks.
+    blocks: stacked on a leading axis.
+    x: residual stream.
+    mask: who attends to whom.
+    tables: rotary tables of global and of local layers.
+    cached: keys and values [N, B, S, G, K] of all layers, or None.
+    layer_keys: one dropout key per layer, or None.
+    bias: added to the scores of every layer, or None.
+    memory: of an encoder, for blocks that read it; keys and values, if given, of all layers.
+  Returns:
+    The residual stream; the updated keys and values, and what routers decided, of all layers.
+  """
+  graphdef, params = nnx.split(blocks)
+  params = nnx.to_pure_dict(params)
+
+  def body(local, x, per_layer):
+    p, past, key, flag, read = per_layer
+    local = flag if local is None else local
+    seen = None if memory is None else dataclasses.replace(memory, keys_values=read)
+    x, *kept = nnx.merge(graphdef, p)(
+        x, mask=dataclasses.replace(mask, windowed=local), rotary=_select(tables, local),
+        cached=past, key=key, bias=bias, memory=seen)
+    return x, tuple(kept)
+
+  read = None if memory is None else memory.keys_values
+  scanned = config.layer_loop == 'scan'
+  if config.remat != 'none':
+    body = jax.checkpoint(body, policy=POLICIES[config.remat], prevent_cse=not scanned,
+                          static_argnums=0)
+  if scanned:
+    # Where all layers are of one kind it is known while tracing; else it is scanned over.
+    kinds = set(config.local)
+    known = kinds.pop() if len(kinds) == 1 else None
+    flags = jnp.asarray(config.local) if known is None else None
+    return jax.lax.scan(functools.partial(body, known), x,
+                        (params, cached, layer_keys, flags, read))
+  outs = []
+  for i, p in enumerate(unstack(params)):
+    past, key, seen = jax.tree.map(lambda a, i=i: a[i], (cached, layer_keys, read))
+    x, out = body(config.local[i], x, (p, past, key, None, seen))
+    outs.append(out)
+  return x, jax.tree.map(lambda *a: jnp.stack(a), *outs)
+
+
 class Decoder(nnx.Module):
   """Token ids to logits.
 
@@ -103,14 +182,15 @@ class Decoder(nnx.Module):
     self.embed = layers.Embed(config, rngs)
     learned = config.position == 'learned'
     self.position = positions.LearnedPositions(config, rngs) if learned else None
+    relative = config.position == 'relative'
+    self.relative = positions.RelativePositions(config, rngs, 'causal') if relative else None
     self.layers = nnx.vmap(lambda r: Block(config, r))(rngs.split(config.layers))
     self.norm = layers.Norm(config)
     untied = config.embeddings == 'untied'
     self.head = layers.Dense(rngs, ins={'embed': config.embed}, outs={'vocab': config.head_vocab},
                              bias='head' in config.biases, scale=HEAD_SCALE) if untied else None
-    self.head_bias = None
-    if not untied and 'head' in config.biases:
-      self.head_bias = layers.param(jnp.zeros((config.vocab,), jnp.float32), ('vocab',))
+    self.head_bias = (layers.param(jnp.zeros((config.vocab,), jnp.float32), ('vocab',))
+                      if not untied and 'head' in config.biases else None)
 
   def __call__(self, inputs: Int[Array, 'B L'], *, positions: Int[Array, 'B L'] | None = None,
                segment_ids: Int[Array, 'B L'] | None = None,
@@ -174,19 +254,19 @@ class Decoder(nnx.Module):
 
   def _run(self, inputs, positions_BL, mask, cached, key) -> tuple[jax.Array, Any, Any]:
     config = self.config
-    if positions_BL is None:
-      positions_BL = jnp.broadcast_to(
-          jnp.arange(inputs.shape[1], dtype=jnp.int32)[None], inputs.shape)
+    positions_BL = counted(inputs) if positions_BL is None else positions_BL
     x = self.embed(inputs)
     if self.position is not None:
       x = x + self.position(positions_BL, x.dtype)
-    layer_keys = None
-    if key is not None and config.dropout:
-      input_key, layer_key = jax.random.split(key)
-      x = layers.dropout(x, config.dropout, input_key)
-      layer_keys = jax.random.split(layer_key, config.layers)
+    input_key, layer_keys = dropout_keys(config, key)
+    x = layers.dropout(x, config.dropout, input_key)
     tables = positions.rotary_tables(config, positions_BL)
-    x, (cached, routed) = self._loop(x, cached, layer_keys, mask=mask, tables=tables)
+    bias = None
+    if self.relative is not None:
+      keys = inputs.shape[1] if cached is None else cached[0].shape[2]
+      bias = self.relative(inputs.shape[1], keys, mask.offset)
+    x, (cached, routed) = run_layers(config, self.layers, x, mask=mask, tables=tables,
+                                     cached=cached, layer_keys=layer_keys, bias=bias)
     x = self.norm(x)
     logits = self.embed.attend(x) if self.head is None else self.head(x, ('vocab',))
     if self.head_bias is not None:
@@ -196,37 +276,6 @@ class Decoder(nnx.Module):
     if config.logit_softcap is not None:
       logits = jnp.tanh(logits / config.logit_softcap) * config.logit_softcap
     return logits, cached, routed
-
-  def _loop(self, x, cached, layer_keys, *, mask, tables):
-    config = self.config
-    graphdef, params = nnx.split(self.layers)
-    params = nnx.to_pure_dict(params)
-
-    def body(local, x, per_layer):
-      p, past, key, flag = per_layer
-      local = flag if local is None else local
-      x, *kept = nnx.merge(graphdef, p)(
-          x, mask=dataclasses.replace(mask, windowed=local), rotary=_select(tables, local),
-          cached=past, key=key)
-      return x, tuple(kept)
-
-    scanned = config.layer_loop == 'scan'
-    if config.remat != 'none':
-      body = jax.checkpoint(body, policy=POLICIES[config.remat], prevent_cse=not scanned,
-                            static_argnums=0)
-    if scanned:
-      # Where all layers are of one kind it is known while tracing; else it is scanned over.
-      kinds = set(config.local)
-      known = kinds.pop() if len(kinds) == 1 else None
-      flags = jnp.asarray(config.local) if known is None else None
-      return jax.lax.scan(functools.partial(body, known), x, (params, cached, layer_keys, flags))
-    outs = []
-    for i, p in enumerate(unstack(params)):
-      past = None if cached is None else (cached[0][i], cached[1][i])
-      key = None if layer_keys is None else layer_keys[i]
-      x, out = body(config.local[i], x, (p, past, key, None))
-      outs.append(out)
-    return x, jax.tree.map(lambda *a: jnp.stack(a), *outs)
 
 
 def _check_length(config: DecoderConfig, length: int) -> None:

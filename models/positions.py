@@ -4,6 +4,7 @@ Letters: B batch, L length, H heads, K head_dim, D embed, R rotating pairs.
 """
 
 import math
+from typing import Literal
 
 import jax
 import jax.numpy as jnp
@@ -168,3 +169,65 @@ class LearnedPositions(nnx.Module):
     hot = jax.nn.one_hot(positions, self.embedding.shape[0], dtype=dtype)
     table = layers.rules.gathered(self.embedding[...], 'position', 'embed').astype(dtype)
     return layers.rules.project(hot, table, ('batch', 'length', 'embed'))
+
+
+def buckets_of(distance: np.ndarray, *, buckets: int, longest: int) -> np.ndarray:
+  """Buckets of distances (T5, arXiv:1910.10683): one each for the nearest half, then logarithmic.
+
+  Args:
+    distance: integers of at least 0.
+    buckets: how many; the last holds every distance from `longest` on.
+    longest: above buckets / 2.
+  Returns:
+    Integers in [0, buckets).
+  """
+  exact = buckets // 2
+  far = np.log(np.maximum(distance, exact) / exact) / math.log(longest / exact)
+  # Where a boundary is a whole number, rounding must not put it into the bucket before.
+  logarithmic = exact + np.floor(far * (buckets - exact) + 1e-6).astype(np.int64)
+  return np.where(distance < exact, distance, np.minimum(logarithmic, buckets - 1))
+
+
+class RelativePositions(nnx.Module):
+  """A learned bias of the scores per head and bucket of distances, shared by all layers.
+
+  Attributes:
+    embedding: [buckets, H]; where both directions are seen, the second half is for later keys.
+  """
+
+  def __init__(self, config: DecoderConfig, rngs: nnx.Rngs, order: Literal['causal', 'any']):
+    count, longest = config.relative_buckets, config.relative_distance
+    near = np.arange(longest + 1)
+    if order == 'causal':
+      before = buckets_of(near, buckets=count, longest=longest)
+      after = np.zeros_like(before)
+    else:
+      before = buckets_of(near, buckets=count // 2, longest=longest)
+      after = np.where(near > 0, before + count // 2, before)
+    # Bucket of the distance d = key - query at d + longest.
+    self.buckets = tuple(np.concatenate([before[:0:-1], after]).tolist())
+    value = config.embed**-0.5 * jax.random.normal(rngs.params(), (count, config.heads))
+    self.embedding = layers.param(value, ('buckets', 'heads'))
+
+  def __call__(self, length: int, keys: int, offset: int | Int[Array, ''] = 0
+               ) -> Float[Array, '1 H L S']:
+    """The bias of every score.
+
+    Args:
+      length: L, queries.
+      keys: S.
+      offset: slot of the first query among the keys.
+    """
+    around, longest = length + keys, len(self.buckets) // 2
+    at = jnp.arange(around, dtype=jnp.int32)
+    distance = jnp.where(at < keys, at, at - around) - offset
+    bucket = jnp.asarray(self.buckets, jnp.int32)[jnp.clip(distance, -longest, longest) + longest]
+    table = layers.rules.gathered(self.embedding[...], 'buckets', 'heads')
+    hot = jax.nn.one_hot(bucket, table.shape[0], dtype=jnp.float32)
+    row = layers.rules.project(hot, table, ('position', 'heads')).T
+    # Row i is the first row moved i to the right. Repeating one entry too many moves by one each
+    # time, so that no gather is needed, and no scatter on the way back.
+    heads = row.shape[0]
+    moved = jnp.broadcast_to(row[:, None], (heads, length, around)).reshape(heads, -1)
+    moved = moved[:, :length * (around - 1)].reshape(heads, length, around - 1)
+    return moved[None, :, :, :keys]

@@ -23,8 +23,8 @@ VOCABULARY = {
     'layers': 'stacked layers', 'vocab': 'vocabulary entries', 'embed': 'residual stream',
     'heads': 'query heads', 'kv_heads': 'key and value heads', 'head_dim': 'width of a head',
     'mlp': 'hidden width of the MLP', 'position': 'learned positions', 'norm': 'norm scales',
-    'experts': 'MLPs of a mixture of experts', 'batch': 'rows of a batch',
-    'length': 'tokens of a row',
+    'experts': 'MLPs of a mixture of experts', 'types': 'token types',
+    'buckets': 'buckets of distances', 'batch': 'rows of a batch', 'length': 'tokens of a row',
 }
 
 

@@ -67,6 +67,38 @@ def draw(logits: Float[Array, 'B V'], sampling: Sampling, key: Key[Array, '']) -
   return jax.random.categorical(key, logits, -1).astype(jnp.int32)
 
 
+def _continue(module: Any, start: tuple[jax.Array, Any, jax.Array], *, key: jax.Array,
+              new_tokens: int, sampling: Sampling, eos_id: int | None) -> Int[Array, 'B T']:
+  """Draws tokens one after the other, from the last logits, the cache and the next positions."""
+  batch = start[0].shape[0]
+  ones = jnp.ones((batch, 1), jnp.int32)
+
+  def one(carry: Any, i: jax.Array) -> tuple[Any, jax.Array]:
+    logits, cache, position, done = carry
+    token = draw(logits, sampling, jax.random.fold_in(key, i))
+    if eos_id is not None:
+      token = jnp.where(done, eos_id, token)
+      done = done | (token == eos_id)
+    logits, cache = module.decode(token[:, None], cache, positions=position, segment_ids=ones)
+    return (logits[:, -1], cache, position + 1, done), token
+
+  begun = (*start, jnp.zeros((batch,), bool))
+  return jax.lax.scan(one, begun, jnp.arange(new_tokens, dtype=jnp.int32))[1].T
+
+
+def _check(prompts: Sequence[Sequence[int]], *, new_tokens: int, seed: int) -> None:
+  if not 0 <= seed < 1 << 32:
+    raise ValueError(f'seed={seed} must be in [0, 2**32): others would draw as one of these')
+  if new_tokens < 1 or not prompts or any(len(p) == 0 for p in prompts):
+    raise ValueError('generation needs new_tokens >= 1 and at least one id in every prompt')
+
+
+def _cut(drawn: jax.Array, eos_id: int | None) -> list[list[int]]:
+  """Rows up to their first end of text."""
+  rows = np.asarray(drawn).tolist()
+  return [row if eos_id is None or eos_id not in row else row[:row.index(eos_id)] for row in rows]
+
+
 class Generator:
   """Generates continuations of prompts; one compilation per prompt and output length."""
 
@@ -91,20 +123,8 @@ class Generator:
     cache = self._model.empty_cache(batch, length + new_tokens)
     positions = jnp.maximum(jnp.cumsum(segments, -1) - 1, 0)
     logits, cache = module.decode(prompts, cache, positions=positions, segment_ids=segments)
-    ones = jnp.ones((batch, 1), jnp.int32)
-
-    def one(carry: Any, i: jax.Array) -> tuple[Any, jax.Array]:
-      logits, cache, position, done = carry
-      token = draw(logits, self._sampling, jax.random.fold_in(key, i))
-      if self._eos is not None:
-        token = jnp.where(done, self._eos, token)
-        done = done | (token == self._eos)
-      logits, cache = module.decode(token[:, None], cache, positions=position, segment_ids=ones)
-      return (logits[:, -1], cache, position + 1, done), token
-
-    start = (logits[:, -1], cache, positions[:, -1:] + 1, jnp.zeros((batch,), bool))
-    _, tokens = jax.lax.scan(one, start, jnp.arange(new_tokens, dtype=jnp.int32))
-    return tokens.T
+    return _continue(module, (logits[:, -1], cache, positions[:, -1:] + 1), key=key,
+                     new_tokens=new_tokens, sampling=self._sampling, eos_id=self._eos)
 
   def __call__(self, params: Any, prompts: Sequence[Sequence[int]], *, new_tokens: int,
                seed: int = 0) -> list[list[int]]:
@@ -122,10 +142,7 @@ class Generator:
       ValueError: an empty prompt, no new token asked for, more than the model has positions for,
         or a seed out of range.
     """
-    if not 0 <= seed < 1 << 32:
-      raise ValueError(f'seed={seed} must be in [0, 2**32): others would draw as one of these')
-    if new_tokens < 1 or not prompts or any(len(p) == 0 for p in prompts):
-      raise ValueError('generation needs new_tokens >= 1 and at least one id in every prompt')
+    _check(prompts, new_tokens=new_tokens, seed=seed)
     longest = max(len(p) for p in prompts)
     limits.check(self._model, prompt=longest, new_tokens=new_tokens)
     ids = np.zeros((len(prompts), longest), np.int32)
@@ -135,9 +152,61 @@ class Generator:
       segments[row, longest - len(prompt):] = 1
     with jax.set_mesh(self._structure.mesh), rules_lib.use(self._structure.rules):
       out = self._jitted(params, ids, segments, jax.random.key(seed), new_tokens=new_tokens)
-    rows = np.asarray(out).tolist()
-    return [row if self._eos is None or self._eos not in row else row[:row.index(self._eos)]
-            for row in rows]
+    return _cut(out, self._eos)
+
+
+class EncDecGenerator:
+  """Writes about rows that an encoder reads once; one compilation per pair of lengths."""
+
+  def __init__(self, structure: Structure, model: Any, *, sampling: Sampling, start_id: int,
+               eos_id: int | None = None):
+    """Makes a generator.
+
+    Args:
+      structure: the model's.
+      model: has `empty_cache(batch, length)`; its module has `remember` and `decode`.
+      sampling: how tokens are drawn.
+      start_id: the decoder's first input.
+      eos_id: rows stop after it; None never stops.
+    """
+    self._structure, self._model, self._sampling = structure, model, sampling
+    self._start, self._eos = start_id, eos_id
+    self._jitted = jax.jit(self._generate, static_argnames='new_tokens')
+
+  def _generate(self, params: Any, read: Int[Array, 'B L'], segments: Int[Array, 'B L'],
+                key: Key[Array, ''], *, new_tokens: int) -> Int[Array, 'B T']:
+    module, batch = self._structure.module(params), read.shape[0]
+    own = self._model.empty_cache(batch, 1 + new_tokens)
+    cache = module.remember(read, own, segment_ids=segments)
+    start = jnp.full((batch, 1), self._start, jnp.int32)
+    zeros = jnp.zeros_like(start)
+    logits, cache = module.decode(start, cache, positions=zeros, segment_ids=zeros + 1)
+    return _continue(module, (logits[:, -1], cache, zeros + 1), key=key, new_tokens=new_tokens,
+                     sampling=self._sampling, eos_id=self._eos)
+
+  def __call__(self, params: Any, rows: Sequence[Sequence[int]], *, new_tokens: int,
+               seed: int = 0) -> list[list[int]]:
+    """Generates.
+
+    Args:
+      params: nested dict of arrays.
+      rows: token ids the encoder reads, at least one each; shorter ones are padded, which changes
+        nothing.
+      new_tokens: tokens to write for each row, at least 1.
+      seed: of the draws, in [0, 2**32).
+    Returns:
+      The new ids per row, cut after the first end of text.
+    Raises:
+      ValueError: an empty row, no new token asked for, or a seed out of range.
+    """
+    _check(rows, new_tokens=new_tokens, seed=seed)
+    ids = np.zeros((len(rows), max(map(len, rows))), np.int32)
+    segments = np.zeros_like(ids)
+    for at, row in enumerate(rows):
+      ids[at, :len(row)], segments[at, :len(row)] = row, 1
+    with jax.set_mesh(self._structure.mesh), rules_lib.use(self._structure.rules):
+      out = self._jitted(params, ids, segments, jax.random.key(seed), new_tokens=new_tokens)
+    return _cut(out, self._eos)
 
 
 class Samples:

@@ -68,14 +68,7 @@ def next_token(module: Any, batch: Mapping[str, jax.Array], *, dropout_key: Key[
     logits, routed = _with_router(module)(batch['inputs'], **given)
   else:
     logits = module(batch['inputs'], **given)
-  nll, log_z = cross_entropy(logits, batch['targets'])
-  weights = batch['loss_weights'].astype(jnp.float32)
-  weight, loss = jnp.sum(weights), jnp.sum(nll * weights)
-  metrics: Metrics = {'loss': (loss, weight)}
-  if z_loss:
-    extra = z_loss * jnp.sum(jnp.square(log_z) * weights)
-    metrics['z_loss'] = (extra, weight)
-    loss = loss + extra
+  loss, weight, metrics = _scored(logits, batch, z_loss=z_loss)
   if routed is not None:
     # Means over the batch already: times the weight, they stay so when it is divided by.
     balance, router_z = moe.balance_loss(routed) * weight, moe.z_loss(routed) * weight
@@ -90,3 +83,62 @@ def _with_router(module: Any) -> Any:
     raise ValueError(f'balance_loss and router_z_loss need a model with logits_and_router; '
                      f'{type(module).__name__} has none: set both to 0')
   return module.logits_and_router
+
+
+def masked_lm(module: Any, batch: Mapping[str, jax.Array], *, dropout_key: Key[Array, ''] | None
+              = None, z_loss: float = 0.0) -> tuple[jax.Array, jax.Array, Metrics]:
+  """Cross-entropy of the tokens hidden from an encoder (BERT, arXiv:1810.04805).
+
+  Args:
+    module: maps `inputs`, `positions`, `segment_ids` and perhaps `types` to logits [B, L, V].
+    batch: `inputs` with masks, `targets` at the same places, `positions`, `segment_ids` int32
+      [B, L]; `loss_weights` float32, above 0 where a target counts; perhaps `types` int32.
+    dropout_key: None disables dropout.
+    z_loss: as for `next_token`.
+  Returns:
+    The weighted sum of losses in nats, the sum of weights, and metrics as (sum, weight), among
+    them the accuracy.
+  """
+  types = {'types': batch['types']} if 'types' in batch else {}
+  logits = module(batch['inputs'], positions=batch['positions'],
+                  segment_ids=batch['segment_ids'], dropout_key=dropout_key, **types)
+  return _scored(logits, batch, z_loss=z_loss, accuracy='masked_accuracy')
+
+
+def sequence_to_sequence(module: Any, batch: Mapping[str, jax.Array], *,
+                         dropout_key: Key[Array, ''] | None = None, z_loss: float = 0.0
+                         ) -> tuple[jax.Array, jax.Array, Metrics]:
+  """Cross-entropy of what a decoder writes about what its encoder read.
+
+  Args:
+    module: maps `encoder_inputs`, `inputs` and their positions and segments to logits [B, L, V].
+    batch: of the encoder `encoder_inputs`, `encoder_positions`, `encoder_segment_ids` int32
+      [B, S]; of the decoder what `next_token` takes.
+    dropout_key: None disables dropout.
+    z_loss: as for `next_token`.
+  Returns:
+    The weighted sum of losses in nats, the sum of weights, and metrics as (sum, weight), among
+    them the accuracy.
+  """
+  logits = module(batch['encoder_inputs'], batch['inputs'],
+                  encoder_positions=batch['encoder_positions'],
+                  encoder_segment_ids=batch['encoder_segment_ids'], positions=batch['positions'],
+                  segment_ids=batch['segment_ids'], dropout_key=dropout_key)
+  return _scored(logits, batch, z_loss=z_loss, accuracy='accuracy')
+
+
+def _scored(logits: Float[Array, 'B L V'], batch: Mapping[str, jax.Array], *, z_loss: float,
+            accuracy: str = '') -> tuple[jax.Array, jax.Array, Metrics]:
+  """Loss and metrics of logits; with the name of an accuracy, that too."""
+  nll, log_z = cross_entropy(logits, batch['targets'])
+  weights = batch['loss_weights'].astype(jnp.float32)
+  weight, loss = jnp.sum(weights), jnp.sum(nll * weights)
+  metrics: Metrics = {'loss': (loss, weight)}
+  if accuracy:
+    right = (jnp.argmax(logits, -1) == batch['targets']).astype(jnp.float32)
+    metrics[accuracy] = (jnp.sum(right * weights), weight)
+  if z_loss:
+    extra = z_loss * jnp.sum(jnp.square(log_z) * weights)
+    metrics['z_loss'] = (extra, weight)
+    loss = loss + extra
+  return loss, weight, metrics

@@ -45,7 +45,15 @@ def config(name: str):
 
 def in_float32(found, **changes):
   """A configuration computing in float32."""
-  return dataclasses.replace(found, dtype='float32', **changes)
+  return changed(found, dtype='float32', **changes)
+
+
+def changed(found, **changes):
+  """A configuration, or the stacks inside it, with other settings."""
+  stacks = {field.name: changed(value, **changes) for field in dataclasses.fields(found)
+            if dataclasses.is_dataclass(value := getattr(found, field.name))
+            and hasattr(value, 'layers')}
+  return dataclasses.replace(found, **(stacks or changes))
 
 
 @functools.cache
@@ -70,7 +78,7 @@ def structure(name: str, *, devices: int = 1, **changes) -> state.Structure:
   """A fixture's model, on one device or on fsdp 2 x tensor 2 x data 2."""
   mesh = (mesh_lib.make_mesh(devices=1) if devices == 1
           else mesh_lib.make_mesh(devices=8, data=2, fsdp=2, tensor=2))
-  definition = family(name).model(config=dataclasses.replace(config(name), **changes))
+  definition = family(name).model(config=changed(config(name), **changes))
   return state.describe(definition, mesh, lenient())
 
 

@@ -61,16 +61,23 @@ def match(family: Family, rows: Sequence[table.Row], leaves: Mapping[str, table.
   return sorted(pairs, key=lambda p: (stored[p[1]].path, stored[p[1]].start))
 
 
+# A head's tensors as they are stored beside the parameter of ours that they repeat.
+_COPIES = {('lm_head.weight', 'embed_out.weight', 'embed_tokens.weight', 'decoder.weight'):
+           'embed/embedding', ('decoder.bias',): 'head_bias'}
+
+
 def _is_copy(name: str, expected: Mapping[str, table.Place], names: Mapping[str, str],
              stored: Mapping[str, Stored]) -> bool:
-  """Whether an unexpected head holds the same numbers as the input table."""
-  if not name.endswith(('lm_head.weight', 'embed_out.weight', 'embed_tokens.weight')):
-    return False
+  """Whether an unexpected head holds the same numbers as the parameter it is tied to."""
   found = stored[names[name]]
-  tables = [other for other, place in expected.items() if place.row.parts[0].ours.endswith(
-      'embed/embedding') and other in names]
-  return any(found.shape == stored[names[other]].shape and np.array_equal(
-      found.read(), stored[names[other]].read()) for other in tables)
+  for endings, ours in _COPIES.items():
+    originals = [other for other, place in expected.items()
+                 if place.row.parts[0].ours.endswith(ours) and other in names]
+    if name.endswith(endings) and any(
+        found.shape == stored[names[other]].shape and np.array_equal(
+            found.read(), stored[names[other]].read()) for other in originals):
+      return True
+  return False
 
 
 def _near(name: str, others: Sequence[str]) -> str:

@@ -6,6 +6,7 @@ from typing import Any
 
 import numpy as np
 
+from t5x_like.data import denoising as denoising_lib
 from t5x_like.data import objectives, order, vocabularies
 from t5x_like.data import sources as sources_lib
 from t5x_like.data import store as store_lib
@@ -30,6 +31,8 @@ class Loader:
     temperature: rates are raised to 1 / temperature, > 0 (1 keeps them).
     changes: (step, rates) pairs; from the first period that begins at or after the step, these are
       the rates, a source left out having none.
+    denoising: what is hidden from the rows, as by `denoising.SpanCorruption()`; None: nothing, each
+      token predicts the next.
     period: rows over which the rates, rounded to whole rows, hold exactly.
 
   Raises:
@@ -39,7 +42,8 @@ class Loader:
   def __init__(self, *, sources: sources_lib.Sources, store_dir: str, batch_size: int, length: int,
                seed: int, split: str = 'train', packing: objectives.Packing = 'concat',
                attention: objectives.Attention = 'document', temperature: float = 1.0,
-               changes: Changes = (), period: int = 4096):
+               changes: Changes = (), period: int = 4096,
+               denoising: denoising_lib.Denoising | None = None):
     sources_lib.check_positive(batch_size=batch_size, length=length, period=period)
     sources_lib.check_choice(packing, name='packing', allowed=objectives.PACKINGS)
     sources_lib.check_choice(attention, name='attention', allowed=('document', 'row'))
@@ -48,10 +52,17 @@ class Loader:
     sources = sources_lib.named(sources, store_dir=store_dir)
     self.batch_size, self.length, self.seed = batch_size, length, seed
     self._packing: objectives.Packing = packing
+    self._denoising = denoising
     self._attention: objectives.Attention = attention
     self._sources = sources_lib.open_all(sources_lib.names_of(sources), store_dir=store_dir,
                                          split=split, length=length, packing=packing)
     self._first = next(iter(self._sources.values()))
+    described = self._first.store.manifest['vocabulary']
+    self._known = denoising_lib.Vocabulary(
+      size=self.vocab_size, sentinels=described.get('extra_ids', 0), pad_id=self.pad_id,
+      bos_id=self.bos_id, eos_id=self.eos_id)
+    if denoising is not None:
+      denoising_lib.check(denoising, self._known, length=length)
     self._rates = self._all_rates(sources, changes=changes, temperature=temperature)
     self._order = order.Order(
       sizes={n: s.objective.rows for n, s in self._sources.items()},
@@ -68,30 +79,39 @@ class Loader:
 
     Returns:
       inputs, targets, segment_ids (0 is padding), positions: int32 [rows, length];
-      loss_weights: float32 [rows, length].
+      loss_weights: float32 [rows, length]; or what the denoising makes of them.
     """
     g = self._global_rows(step, rows)
-    source, _, row = self._order.rows(g)
+    source, epoch, row = self._order.rows(g)
     parts = []
     for s in np.unique(source):
       here = np.flatnonzero(source == s)
       opened = self._sources[self._order.names[s]]
       parts.append((opened.stream, here, opened.objective.spans(row[here])))
-    return objectives.assemble(parts, rows=len(g), length=self.length, bos_id=self.bos_id,
+    made = objectives.assemble(parts, rows=len(g), length=self.length, bos_id=self.bos_id,
                                pad_id=self.pad_id, attention=self._attention)
+    if self._denoising is None:
+      return made
+    rngs = [denoising_lib.keyed(self.seed, source=self._order.names[s], epoch=e, row=r)
+            for s, e, r in zip(source.tolist(), epoch.tolist(), row.tolist(), strict=True)]
+    return self._denoising.apply(made, rngs=rngs, vocabulary=self._known)
 
   @property
   def spec(self) -> dict[str, tuple[tuple[int, int], np.dtype]]:
     """Shape and dtype of each feature of the global batch."""
+    if self._denoising is not None:
+      return self._denoising.spec(self.batch_size, length=self.length)
     return objectives.spec(self.batch_size, length=self.length)
 
   @functools.cached_property
   def fingerprint(self) -> str:
     """Hash of everything that decides what batch(step) returns."""
+    # Left out where there is none, so that older runs keep their fingerprint.
+    hidden = [] if self._denoising is None else [repr(self._denoising)]
     return store_lib.combined_fingerprint([
       VERSION, {n: s.store.fingerprint for n, s in self._sources.items()},
       [[f.first, f.counts.tolist()] for f in self._order.phases], self._order.period,
-      self.batch_size, self.length, self.seed, self._packing, self._attention])
+      self.batch_size, self.length, self.seed, self._packing, self._attention, *hidden])
 
   @property
   def stores(self) -> dict[str, store_lib.Store]:
