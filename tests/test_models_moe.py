@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+from typing import Any, NamedTuple, cast
 
 import golden_hf
 import jax
@@ -13,6 +14,7 @@ from flax import nnx
 
 from models import grouped, layers, moe
 from models.config import DecoderConfig
+from models.hf import tree
 from partitioning import rules
 from t5x_like import config, losses, optim, step
 
@@ -142,6 +144,38 @@ def test_router_of_mixtral_equals_the_reference():
   np.testing.assert_allclose(moe.balance_loss(routed), io['aux_loss'], rtol=golden_hf.OF_LOSS)
 
 
+class _Held(NamedTuple):
+  """A tensor of a file that is not one."""
+
+  value: np.ndarray
+  path: str = 'file'
+  dtype: str = 'F32'
+  start: int = 0
+
+  @property
+  def shape(self):
+    return self.value.shape
+
+  def read(self):
+    return self.value
+
+
+def test_joined_experts_of_mixtral_are_read_too():
+  found, stored = golden_hf.family('mixtral'), golden_hf.stored('mixtral')
+  held = {name: _Held(tensor.read()) for name, tensor in stored.items()}
+  for layer in range(2):
+    old, new = (f'model.layers.{layer}.{name}' for name in ('block_sparse_moe', 'mlp'))
+    each = {w: np.stack([held.pop(f'{old}.experts.{i}.{w}.weight').value for i in range(4)])
+            for w in ('w1', 'w2', 'w3')}
+    held |= {f'{new}.gate.weight': held.pop(f'{old}.gate.weight'),
+             f'{new}.experts.down_proj': _Held(each['w2']),
+             f'{new}.experts.gate_up_proj': _Held(np.concatenate([each['w1'], each['w3']], 1))}
+  config, leaves = golden_hf.config('mixtral'), golden_hf.leaves(golden_hf.structure('mixtral'))
+  wanted = tree.from_tensors(found, config, leaves, stored)
+  for path, value in tree.from_tensors(found, config, leaves, cast(Any, held)).items():
+    np.testing.assert_array_equal(value, wanted[path], err_msg=path)
+
+
 @pytest.mark.parametrize('mode', ['auto', 'explicit'])
 def test_sharded_equals_unsharded(mode):
   settings = dict(experts=4, expert_capacity=1.0, layers=1, biases=('mlp',))
@@ -192,7 +226,7 @@ def test_model_file_trains():
 
 
 def test_losses_of_routers_need_a_router():
-  module = toy.model().build(nnx.Rngs(params=0))
+  module = nnx.eval_shape(lambda: toy.model().build(nnx.Rngs(params=0)))
   batch = jax.tree.map(jnp.asarray, toy.batch(2))
   with pytest.raises(ValueError, match='no router: DecoderConfig.experts is None'):
     losses.next_token(module, batch, balance_loss=0.01)

@@ -5,7 +5,7 @@ import difflib
 import importlib
 import pkgutil
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -32,6 +32,7 @@ class Family:
     older: the current spelling of its settings to the older one.
     renames: (regex, replacement) applied to names in a file, for older and foreign spellings.
     ignored: regexes of tensors that hold nothing learned; tried after the renames.
+    layouts: other name tables that files are read by, where their names are in the file.
     constants: tensors an export has that hold nothing learned, by name.
   """
 
@@ -45,6 +46,7 @@ class Family:
   older: Callable[[dict[str, Any]], dict[str, Any]] = dict
   renames: tuple[tuple[str, str], ...] = ()
   ignored: tuple[str, ...] = ()
+  layouts: tuple[Callable[[Any], Sequence[table.Row]], ...] = ()
   constants: Callable[[Any], Mapping[str, np.ndarray]] = lambda config: {}
 
   def canonical(self, name: str) -> str | None:
@@ -52,6 +54,21 @@ class Family:
     for pattern, replacement in self.renames:
       name = re.sub(pattern, replacement, name)
     return None if any(re.search(pattern, name) for pattern in self.ignored) else name
+
+  def layout(self, config: Any, names: Iterable[str]) -> Sequence[table.Row]:
+    """The name table of a file: of `rows` and `layouts`, the one that most of its names fit.
+
+    Args:
+      config: ours.
+      names: of the file's tensors.
+    """
+    known = {self.canonical(name) for name in names}
+
+    def fits(rows: Sequence[table.Row]) -> float:
+      first = (row.theirs.format(layer=row.first, expert=0) for row in rows)
+      return sum(name in known for name in first) / len(rows)
+
+    return max((rows(config) for rows in (self.rows, *self.layouts)), key=fits)
 
 
 _REGISTERED: dict[str, Family] = {}

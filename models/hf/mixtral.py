@@ -7,7 +7,7 @@ from models.decoder import DecoderLM
 from models.hf import llama, names
 from models.hf.family import Family
 from models.hf.settings import Settings
-from models.hf.table import Row, row
+from models.hf.table import Row, fused, row
 
 
 def _read(c: Settings) -> DecoderConfig:
@@ -27,21 +27,33 @@ def _write(config: DecoderConfig) -> dict[str, Any]:
           'num_experts_per_tok': config.experts_per_token, 'sliding_window': config.window}
 
 
-def _rows(config: DecoderConfig) -> list[Row]:
+def _around(config: DecoderConfig) -> list[Row]:
+  """Everything but the experts."""
   where = 'model.layers.{layer}'
-  expert = f'{where}.block_sparse_moe.experts.{{expert}}'
   return [*names.llama_body(config),
           row(f'{where}.block_sparse_moe.gate.weight', 'layers/mlp/router/kernel',
               'experts embed'),
-          row(f'{expert}.w1.weight', 'layers/mlp/gate/kernel', 'mlp embed'),
-          row(f'{expert}.w3.weight', 'layers/mlp/up/kernel', 'mlp embed'),
-          row(f'{expert}.w2.weight', 'layers/mlp/down/kernel', 'embed mlp'),
           *names.norm(f'{where}.input_layernorm', 'layers/norm1', config),
           *names.norm(f'{where}.post_attention_layernorm', 'layers/norm2', config)]
 
 
+def _rows(config: DecoderConfig) -> list[Row]:
+  expert = 'model.layers.{layer}.block_sparse_moe.experts.{expert}'
+  return [*_around(config), row(f'{expert}.w1.weight', 'layers/mlp/gate/kernel', 'mlp embed'),
+          row(f'{expert}.w3.weight', 'layers/mlp/up/kernel', 'mlp embed'),
+          row(f'{expert}.w2.weight', 'layers/mlp/down/kernel', 'embed mlp')]
+
+
+def _joined(config: DecoderConfig) -> list[Row]:
+  """As transformers 5 holds them in memory, and in files by save_original_format=False."""
+  experts, dims = 'model.layers.{layer}.mlp.experts', 'experts mlp embed'
+  return [*_around(config),
+          fused(f'{experts}.gate_up_proj', ('layers/mlp/gate/kernel', dims),
+                ('layers/mlp/up/kernel', dims), along=1),
+          row(f'{experts}.down_proj', 'layers/mlp/down/kernel', 'experts embed mlp')]
+
+
 FAMILIES = (Family(
     name='mixtral', model_types=('mixtral',), architecture='MixtralForCausalLM', read=_read,
-    write=_write, rows=_rows, model=DecoderLM, older=names.older_rope,
-    renames=((r'\.mlp\.(gate|experts\.\d+\.)', r'.block_sparse_moe.\1'),),
-    ignored=llama.IGNORED),)
+    write=_write, rows=_rows, model=DecoderLM, older=names.older_rope, layouts=(_joined,),
+    renames=((r'\.mlp\.gate\.', '.block_sparse_moe.gate.'),), ignored=llama.IGNORED),)

@@ -100,7 +100,7 @@ def from_tensors(family: Family, config: Any, leaves: Mapping[str, table.Leaf],
     ValueError: as `match`.
   """
   out = {path: np.empty(leaf.shape, np.float32) for path, leaf in leaves.items()}
-  for place, name in match(family, family.rows(config), leaves, stored):
+  for place, name in match(family, family.layout(config, stored), leaves, stored):
     for path, value in table.to_ours(place, stored[name].read(), leaves):
       out[path][place.index] = value
   return out

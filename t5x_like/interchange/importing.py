@@ -66,7 +66,8 @@ def import_folder(hf_dir: str, *, out: str, mesh: Mesh | None = None,
   structure = state_lib.describe(found.family.model(config=found.config), mesh,
                                  rules_lib.data_parallel() if rules is None else rules)
   leaves = folder.leaves(structure)
-  pairs = tree.match(found.family, found.family.rows(found.config), leaves, found.stored)
+  rows = found.family.layout(found.config, found.stored)
+  pairs = tree.match(found.family, rows, leaves, found.stored)
   job = _Job(out, found, leaves, pairs, structure=structure, dtype=dtype)
   try:
     job.write()
