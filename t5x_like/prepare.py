@@ -21,7 +21,7 @@ Naming = Literal['plain', 'content']
 
 def prepare(*, task: Task | Sequence[Task], store_dir: str,
             vocabulary: vocabularies.Vocabulary | pieces.Training | str | None = None,
-            splits: Sequence[str] = ('train', 'validation'), processes: int | None = None,
+            splits: Sequence[str] | None = None, processes: int | None = None,
             existing: prepare_lib.Existing = 'refuse', naming: Naming = 'plain'
             ) -> dict[str, store_lib.Store]:
   """Writes the token stores of tasks and mixtures, or finds them already written.
@@ -32,7 +32,7 @@ def prepare(*, task: Task | Sequence[Task], store_dir: str,
     store_dir: stores are `<store_dir>/<task>/<split>`.
     vocabulary: for text tasks without one: 'bytes', the path of a .model or tokenizer.json, a
       vocabulary, or a `Training`, which learns one from the train splits.
-    splits: those to write.
+    splits: those to write; default 'train' and, if the task has it, 'validation'.
     processes: that work at once; default one per core.
     existing: 'refuse' or 'rebuild' a finished store made from something else.
     naming: 'plain' calls stores as the tasks; 'content' adds a hash of all that decides their
@@ -53,6 +53,9 @@ def prepare(*, task: Task | Sequence[Task], store_dir: str,
     raise ValueError(f"naming={naming!r} is unknown; allowed: 'plain', 'content'")
   store_dir = os.path.expanduser(store_dir)
   mixtures, tasks = _resolved(task)
+  for one in tasks:  # Before a vocabulary is learnt and a train store written.
+    if isinstance(one, TextTask) and 'validation' in _splits_of(one, splits):
+      one.check_held_out()
   os.makedirs(store_dir, exist_ok=True)
   tasks = _with_vocabulary(tasks, vocabulary=vocabulary, store_dir=store_dir)
   if naming == 'content':
@@ -61,7 +64,7 @@ def prepare(*, task: Task | Sequence[Task], store_dir: str,
   told: set[textfiles.Skipped] = set()
   with workers.Pool(processes) as pool:
     for one in tasks:
-      for split in splits:
+      for split in _splits_of(one, splits):
         built = prepare_lib.build(one, split=split, store_dir=store_dir, pool=pool,
                                   existing=existing)
         stores[f'{one.name}/{split}'] = built.store
@@ -75,7 +78,7 @@ def prepare(*, task: Task | Sequence[Task], store_dir: str,
 
 def dry_run(*, task: Task | Sequence[Task], store_dir: str,
             vocabulary: vocabularies.Vocabulary | pieces.Training | str | None = None,
-            splits: Sequence[str] = ('train', 'validation'), processes: int | None = None,
+            splits: Sequence[str] | None = None, processes: int | None = None,
             existing: prepare_lib.Existing = 'refuse', naming: Naming = 'plain') -> None:
   """Prints what `prepare` would read and which stores exist, and writes nothing.
 
@@ -95,7 +98,7 @@ def dry_run(*, task: Task | Sequence[Task], store_dir: str,
     files = one.files()
     print(f'task {one.name}: {len(files)} files, {sum(f.bytes for f in files) / 1e6:,.1f} MB; '
           f'splits: {", ".join(one.splits)}')
-    for split in splits:
+    for split in _splits_of(one, splits):
       path = os.path.join(store_dir, one.name, split)
       there = os.path.exists(os.path.join(path, store_lib.MANIFEST))
       print(f'  {path}: {"exists" if there else "to be written"}')
@@ -114,6 +117,12 @@ def _resolved(task: Task | Sequence[Task]) -> tuple[list[Mixture], list[Preparab
   if not tasks:
     raise ValueError('there is no task to prepare')
   return mixtures, list(tasks.values())
+
+
+def _splits_of(task: Preparable, splits: Sequence[str] | None) -> Sequence[str]:
+  if splits is not None:
+    return splits
+  return ('train', 'validation') if 'validation' in task.splits else ('train',)
 
 
 def _flat(task: Any) -> Iterator[Any]:

@@ -129,11 +129,20 @@ def test_quickstart_refuses_before_it_starts(venv, tmp_path, flags, text):
 
 def test_quickstart_says_what_to_do_about_too_little_text(venv, tmp_path):
   (tmp_path / 'notes').mkdir()
-  (tmp_path / 'notes/one.txt').write_text('Hardly any text.')
+  for name in ('one', 'two'):
+    (tmp_path / f'notes/{name}.txt').write_text(f'Hardly any {name}.')
   done = _quickstart(venv, tmp_path, '--text', 'notes', '--out', 'run')
   assert done.returncode == 2 and '3/5' not in done.stderr
-  assert 'cannot train a vocabulary of 4096 pieces on 16 characters' in done.stderr
+  assert 'cannot train a vocabulary of 4096 pieces on 15 characters' in done.stderr
   assert '--vocab, --separator and --errors' in done.stderr.splitlines()[-1]
+
+
+def test_quickstart_says_at_once_how_to_cut_one_file(venv, tmp_path):
+  (tmp_path / 'all.txt').write_text('\n\n'.join(f'Paragraph {i}.' for i in range(500)))
+  done = _quickstart(venv, tmp_path, '--text', 'all.txt', '--out', 'run')
+  assert done.returncode == 2 and '3/5' not in done.stderr and 'learning' not in done.stderr
+  assert 'is one document (all.txt), and whole documents are held out: cut it' in done.stderr
+  assert r"--separator '\n\n' cuts one file into documents" in done.stderr.splitlines()[-1]
 
 
 def test_quickstart_cuts_one_file_where_told_and_hands_flags_to_the_training(venv, tmp_path):

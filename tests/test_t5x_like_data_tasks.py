@@ -117,6 +117,16 @@ def test_folder_gives_the_same_tokens_with_and_without_tensorflow(folder, all_vo
       assert built.num_documents > 3
 
 
+def test_the_moved_document_is_the_same_with_and_without_tensorflow(folder, tmp_path):
+  task = tasks.text_task('moved', source=textfiles.Text(str(folder)), vocabulary='bytes',
+                         validation_fraction=1e-9)
+  fast = tasks.registered('moved')
+  assert isinstance(fast, texttasks.TextTask)
+  for split, count in (('train', 46), ('validation', 1)):
+    built = prepare.build(fast, split=split, store_dir=str(tmp_path), pool=workers.Pool(1)).store
+    assert documents(built) == of_seqio(task, split) and built.num_documents == count
+
+
 def test_through_seqio_the_store_is_the_same(folder, tmp_path):
   task = tasks.text_task('both_ways', source=textfiles.Text(str(folder)), vocabulary='bytes')
   fast = tasks.registered('both_ways')

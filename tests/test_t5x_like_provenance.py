@@ -144,6 +144,7 @@ def test_stores_named_by_content_stay_when_the_text_changes(tmp_path, capsys):
 def test_naming_by_content_says_where_it_cannot_be(tmp_path):
   (tmp_path / 'in').mkdir()
   (tmp_path / 'in' / 'a.txt').write_text('A note.')
+  (tmp_path / 'in' / 'b.txt').write_text('Another.')
   task = texttasks.TextTask('notes', source=textfiles.Text(str(tmp_path / 'in')))
   with pytest.raises(ValueError, match="naming='content' is for text tasks alone.*in a mixture"):
     prepared(tmp_path, task=texttasks.Mixture('both', tasks=[task], rates=[1]))

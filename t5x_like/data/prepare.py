@@ -59,6 +59,8 @@ def build(task: Preparable, *, split: str, store_dir: str, pool: workers.Pool,
     pool = workers.Pool(1)
   if split not in task.splits:
     raise ValueError(f'task {task.name!r} has no split {split!r}; it has: {", ".join(task.splits)}')
+  if split == 'validation' and isinstance(task, TextTask):
+    task.check_held_out()
   parent = os.path.join(store_dir, task.name)
   os.makedirs(parent, exist_ok=True)
   with _locked(os.path.join(parent, f'.{split}.lock')):
@@ -87,7 +89,9 @@ def build(task: Preparable, *, split: str, store_dir: str, pool: workers.Pool,
 def definition(task: Preparable, *, split: str) -> dict[str, Any]:
   """Returns what a manifest says about the task: all that decides the tokens, inputs apart."""
   fingerprints = {n: v.fingerprint() for n, v in sorted(task.feature_vocabularies.items())}
-  return {'name': task.name, 'split': split, **task.definition(), 'vocabularies': fingerprints}
+  moved = task.division().moved if isinstance(task, TextTask) else None
+  return {'name': task.name, 'split': split, **task.definition(), 'vocabularies': fingerprints,
+          **({'moved': moved.hex()} if moved else {})}
 
 
 def differences(store: store_lib.Store, *, task: Preparable, split: str,
@@ -167,7 +171,8 @@ def trained_vocabulary(training: pieces.Training, *, tasks: Sequence[Preparable]
     inputs = input_hashes(task.files(), cache=os.path.join(folder, f'.{task.name}.inputs.json'),
                           threads=2)
     source = {k: v for k, v in task.definition().items() if k != 'eos'}
-    parts.append([source, sorted(inputs.items())])
+    moved = task.division().moved
+    parts.append([source, sorted(inputs.items()), *([moved.hex()] if moved else [])])
     samples.append(task.sample(training.sample_bytes // len(tasks)))
   path = os.path.join(folder, f'{tasks[0].name}-{training.vocab_size}-{digest(parts)[:12]}.model')
   if os.path.exists(path):
@@ -288,10 +293,6 @@ def _nothing(task: Preparable, *, split: str, units: int, directory: str) -> str
   text = f'split {split!r} of {task.name!r} has no document: {count} files were read'
   if skipped:
     text += f', {len(skipped)} left out ({skipped[0].name}: {skipped[0].reason})'
-  if isinstance(task, TextTask) and task.validation_fraction:
-    text += (f'; validation_fraction={task.validation_fraction} holds out whole documents by their '
-             f'content, so with few documents raise or lower it, or set separator to cut files '
-             f'into documents')
   return text
 
 

@@ -59,10 +59,11 @@ class TextSource(seqio.DataSource):
     """Returns the documents of a split, in canonical order unless shuffled by file."""
     del unused
     files, names = self.task.files(), list(self.task.source.keys)
+    moved = self.task.division().moved
 
     def read(index: np.ndarray) -> list[np.ndarray]:
       part = textfiles.Part(files[index])
-      texts = [d.texts for _, d in self.task.read([part], split=split, skipped=[])]
+      texts = [d.texts for _, d in self.task.read([part], split=split, moved=moved, skipped=[])]
       return [np.array([t[n].encode() for t in texts], object) for n in names]
 
     def load(index: tf.Tensor) -> tf.data.Dataset:

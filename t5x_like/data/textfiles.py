@@ -269,14 +269,16 @@ def document(texts: dict[str, str], position: int) -> Document:
   return Document(texts, position, digest.digest())
 
 
-def split_of(digest: bytes, validation_fraction: float) -> str:
+def split_of(digest: bytes, validation_fraction: float, *, moved: bytes | None = None) -> str:
   """Returns the split of a document: a function of its content, so copies never part.
 
   Args:
     digest: its 16-byte content hash.
     validation_fraction: expected share of documents held out, in [0, 1).
+    moved: the hash of the document that goes to the other split.
   """
   held_out = int.from_bytes(digest[:8], 'big') < validation_fraction * 2.0**64
+  held_out ^= digest == moved
   return 'validation' if held_out else 'train'
 
 

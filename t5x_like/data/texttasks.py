@@ -4,6 +4,7 @@ import dataclasses
 import hashlib
 import json
 import math
+import os
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple, Protocol
@@ -29,6 +30,22 @@ class Unit(NamedTuple):
   bytes: int
   key: Any
   parts: Any
+
+
+class Division(NamedTuple):
+  """How documents divide into train and held-out ones.
+
+  Attributes:
+    moved: hash of the one document (and its copies) whose split is not that of its hash, since one
+      split would have none otherwise.
+    different: number of different documents, 2 for any more.
+  """
+
+  moved: bytes | None
+  different: int
+
+
+_divisions: dict[str, Division] = {}  # By what was read: finding one can take a whole pass.
 
 
 class Preparable(Protocol):
@@ -77,7 +94,7 @@ class TextTask:
   """Documents of text files, tokenized, each ending in EOS.
 
   Held-out documents are whole documents, chosen by their content, so that copies of a document are
-  all on one side.
+  all on one side. Of two different documents or more, at least one is held out and one is not.
 
   Attributes:
     name: letters, digits and `_.:#`.
@@ -137,6 +154,7 @@ class TextTask:
     files = self.files()
     size = min(max(sum(f.bytes for f in files) / 64, 1 << 20), 256 << 20)
     runs: list[list[textfiles.Part]] = [[]]
+    moved = self.division().moved
     for part in (p for file in files for p in textfiles.parts(file, size=size)):
       if runs[-1] and sum(p.bytes for p in runs[-1]) + part.bytes > size:
         runs.append([])
@@ -144,22 +162,72 @@ class TextTask:
     # Every split reads all files, but what it leaves out costs next to nothing.
     held_out = self.validation_fraction
     share = held_out if split == 'validation' else 1 - held_out
+    also = [moved.hex()] if moved else []
     return [Unit(tuple(p.file.name for p in run), round(share * sum(p.bytes for p in run)),
-                 [(p.file.name, p.start, p.stop) for p in run], run) for run in runs]
+                 [*((p.file.name, p.start, p.stop) for p in run), *also], (run, moved))
+            for run in runs]
 
-  def read(self, parts: Iterable[textfiles.Part], *, split: str, skipped: list[textfiles.Skipped]
+  def division(self) -> Division:
+    """Returns how the documents divide; reads no more of them than it takes to see both splits.
+
+    Raises:
+      ValueError: bad input, named with file and line.
+    """
+    if not self.validation_fraction:
+      return Division(None, 2)
+    files = self.files()
+    stamps = [[f.path, f.bytes, os.stat(f.path).st_mtime_ns] for f in files]
+    key = digest([self.source.definition(), self.validation_fraction, stamps])
+    if key not in _divisions:
+      _divisions[key] = self._divide(files)
+    return _divisions[key]
+
+  def _divide(self, files: Sequence[textfiles.File]) -> Division:
+    low = high = None
+    for file in files:
+      for document in self.source.read(textfiles.Part(file), skipped=[]):
+        low = min(low or document.hash, document.hash)
+        high = max(high or document.hash, document.hash)
+        if (textfiles.split_of(low, self.validation_fraction)
+            != textfiles.split_of(high, self.validation_fraction)):
+          return Division(None, 2)
+    if low is None or high is None or low == high:
+      return Division(None, 0 if low is None else 1)
+    # The document nearest to the other split goes there.
+    held_out = textfiles.split_of(low, self.validation_fraction) == 'validation'
+    return Division(high if held_out else low, 2)
+
+  def check_held_out(self) -> None:
+    """Raises ValueError if there is but one document, which cannot be divided."""
+    if self.division().different == 1:
+      names = ', '.join([f.name for f in self.files()][:3])
+      raise ValueError(
+        f'task {self.name!r} is one document ({names}), and whole documents are held '
+        f"out: cut it with a separator, such as textfiles.Text.separator = '\\n\\n', or set "
+        f'validation_fraction = 0 to hold nothing out')
+
+  def read(self, parts: Iterable[textfiles.Part], *, split: str, moved: bytes | None,
+           skipped: list[textfiles.Skipped]
            ) -> Iterator[tuple[textfiles.File, textfiles.Document]]:
-    """Yields the documents of a split, as text."""
+    """Yields the documents of a split, as text.
+
+    Args:
+      parts: of the files.
+      split: 'train' or 'validation'.
+      moved: as in `division()`.
+      skipped: what is left out is appended here.
+    """
     for part in parts:
       for document in self.source.read(part, skipped=skipped):
-        if textfiles.split_of(document.hash, self.validation_fraction) == split:
+        if textfiles.split_of(document.hash, self.validation_fraction, moved=moved) == split:
           yield part.file, document
 
   def documents(self, unit: Unit, *, split: str, skipped: list[textfiles.Skipped]
                 ) -> Iterator[dict[str, Any]]:
     """Yields the documents of one shard as `shards.write_shard` takes them."""
     vocabulary = next(iter(self.feature_vocabularies.values()))
-    for file, document in self.read(unit.parts, split=split, skipped=skipped):
+    parts, moved = unit.parts
+    for file, document in self.read(parts, split=split, moved=moved, skipped=skipped):
       yield {'features': {name: self._tokens(text, name, vocabulary)
                           for name, text in document.texts.items()},
              'text_bytes': document.bytes, 'feature_bytes': document.feature_bytes,
@@ -182,9 +250,10 @@ class TextTask:
     """
     files = sorted(self.files(), key=lambda f: hashlib.blake2b(f.name.encode()).digest())
     share = math.ceil(sample_bytes / min(len(files), 8))
+    moved = self.division().moved
     for file in files:
       left = share
-      for _, document in self.read([textfiles.Part(file)], split='train', skipped=[]):
+      for _, document in self.read([textfiles.Part(file)], split='train', moved=moved, skipped=[]):
         for text in document.texts.values():
           yield text[:left]
         left -= document.bytes
