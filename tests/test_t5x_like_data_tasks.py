@@ -82,6 +82,17 @@ def test_vocabularies_give_the_same_ids_in_tensorflow(all_vocabularies):
         assert wrapped.decode_tf(tf.constant(ids, tf.int32)).numpy().decode() == text
 
 
+@pytest.mark.parametrize('name', ['bytelevel_bpe_llama3', 'sp_bpe_llama/tokenizer.model',
+                                  'sp_bpe_llama', 'sp_unigram'])
+def test_published_tokenizers_give_the_same_ids_in_seqio(name):
+  golden = pathlib.Path(__file__).parent / 'golden/hf/tokenizers'
+  wrapped = seqio_vocabularies.seqio_of(vocabularies.load(str(golden / name)))
+  ids = 'sp_ids' if name.endswith('.model') else 'ids'
+  for pair in json.loads((golden / name.split('/')[0] / 'pairs.json').read_text()):
+    assert list(wrapped.encode(pair['text'])) == pair[ids]
+    assert wrapped.encode_tf(tf.constant(pair['text'])).numpy().tolist() == pair[ids]
+
+
 def test_ids_are_those_of_seqio(sentencepiece):
   text = 'return <extra_id_1> x'
   for theirs in (seqio.ByteVocabulary(extra_ids=3), seqio.ByteVocabulary(),

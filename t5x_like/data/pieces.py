@@ -60,7 +60,8 @@ def train_sentencepiece(texts: Iterable[str], *, path: str, vocab_size: int = 40
   try:
     sentencepiece.SentencePieceTrainer.train(
       sentence_iterator=iter(sample), model_writer=out, vocab_size=vocab_size, model_type=model,
-      pad_id=0, eos_id=1, unk_id=2, bos_id=-1, byte_fallback=True, required_chars='\n\t',
+      pad_id=0, eos_id=1, unk_id=2, bos_id=-1, byte_fallback=True,
+      required_chars=vocabularies.REQUIRED,
       normalization_rule_name='identity', remove_extra_whitespaces=False, add_dummy_prefix=False,
       allow_whitespace_only_pieces=True, split_by_unicode_script=False, split_by_number=False,
       max_sentence_length=1 << 20, num_threads=_THREADS, minloglevel=2)

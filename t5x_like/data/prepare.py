@@ -104,6 +104,10 @@ def differences(store: store_lib.Store, *, task: Preparable, split: str,
     if new.get(key) != old.get(key):
       shown = '' if key == 'vocabularies' else f' was {old.get(key)!r}, now {new.get(key)!r}'
       changes.append(f'{key}{shown or " differ"}')
+  said = store.manifest['vocabulary']
+  used = task.feature_vocabularies.get('targets') or next(iter(task.feature_vocabularies.values()))
+  changes += [f'{key} was {said.get(key)}, now {getattr(used, key)}'
+              for key in ('bos_id', 'unk_id') if said.get(key) != getattr(used, key)]
   before = {i['file']: (i['sha256'], i['bytes']) for i in store.manifest['inputs']}
   for verb, names in (('added', [n for n in inputs if n not in before]),
                       ('removed', [n for n in before if n not in inputs]),

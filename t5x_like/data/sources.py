@@ -138,11 +138,13 @@ def check_one_vocabulary(stores: Mapping[str, store_lib.Store]) -> None:
   first = next(iter(stores))
   for name, store in stores.items():
     ours, theirs = (s.manifest['vocabulary'] for s in (stores[first], store))
-    if ours['fingerprint'] != theirs['fingerprint']:
+    ids = [[v.get(f'{role}_id') for role in ('bos', 'eos', 'pad')] for v in (ours, theirs)]
+    if ours['fingerprint'] != theirs['fingerprint'] or ids[0] != ids[1]:
       raise ValueError(
         f'sources {first!r} and {name!r} were prepared with different vocabularies '
         f'({ours["kind"]} {ours["fingerprint"][:12]} and {theirs["kind"]} '
-        f'{theirs["fingerprint"][:12]}): prepare both with the same one')
+        f'{theirs["fingerprint"][:12]}; bos, eos, pad {ids[0]} and {ids[1]}): prepare both '
+        f'with the same one')
 
 
 def check_positive(**values: Any) -> None:

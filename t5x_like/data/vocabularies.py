@@ -2,25 +2,25 @@
 
 All follow T5: pad is 0 where the file does not say otherwise, a document ends in EOS, which
 `encode` never adds. SentencePiece models trained by `pieces` lose nothing:
-decode(encode(text)) == text.
+decode(encode(text)) == text. `load` takes the folder of a published model.
 """
 
-import difflib
-import functools
-import hashlib
-import json
 import os
-import shutil
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from typing import Any, ClassVar, Protocol
 
 import numpy as np
 import sentencepiece
-import tokenizers
 from google.protobuf import message
 from sentencepiece import sentencepiece_model_pb2
 
+from t5x_like import names
+from t5x_like.data import published, shards, tokenizer_json, vocabulary_files
+
 ESCAPE = '\u2581'  # What SentencePiece writes for a space, so a real one has to travel as bytes.
+REQUIRED = '\n\t'  # Characters that `pieces` demands: it marks the models trained there.
+
+TokenizerJsonVocabulary = tokenizer_json.TokenizerJsonVocabulary
 
 
 class Vocabulary(Protocol):
@@ -29,12 +29,14 @@ class Vocabulary(Protocol):
   Attributes:
     kind: 'sentencepiece', 'bytes', 'tokenizer.json' or 'ids'.
     path: the file it was read from, None if it has none.
+    model: contents of its file as a store keeps it, None if it has none.
     vocab_size: ids are in [0, vocab_size).
     pad_id, eos_id, bos_id, unk_id: special ids, None where the vocabulary has none (pad is then 0).
   """
 
   kind: ClassVar[str]
   path: str | None
+  model: bytes | None
   vocab_size: int
   extra_ids: int
   pad_id: int
@@ -64,6 +66,7 @@ class ByteVocabulary:
 
   kind: ClassVar[str] = 'bytes'
   path: str | None = None
+  model: bytes | None = None
   pad_id: int = 0
   eos_id: int | None = 1
   unk_id: int | None = 2
@@ -79,12 +82,12 @@ class ByteVocabulary:
 
   def decode(self, ids: Iterable[int]) -> str:
     """Returns the text of ids, up to the first EOS; ids of no byte are dropped."""
-    kept = _until(ids, self.eos_id)
+    kept = vocabulary_files.until(ids, self.eos_id)
     return bytes(i - 3 for i in kept if 3 <= i < 259).decode(errors='ignore')
 
   def fingerprint(self) -> str:
     """Returns a hash (hex) that is equal for vocabularies which give equal ids."""
-    return _fingerprint(self.kind, b'', self.extra_ids)
+    return vocabulary_files.fingerprint(self.kind, b'', self.extra_ids)
 
 
 class SentencePieceVocabulary:
@@ -93,6 +96,8 @@ class SentencePieceVocabulary:
   Args:
     path: the .model file.
     extra_ids: sentinel ids added at the end, as `seqio.SentencePieceVocabulary` does.
+    special: token or id by role ('bos', 'eos', 'pad', 'unk'), None for a role without a token; a
+      role left out is as the file says.
 
   Raises:
     ValueError: no such file, or no model in it.
@@ -100,10 +105,11 @@ class SentencePieceVocabulary:
 
   kind: ClassVar[str] = 'sentencepiece'
 
-  def __init__(self, path: str, *, extra_ids: int = 0):
+  def __init__(self, path: str, *, extra_ids: int = 0,
+               special: vocabulary_files.Special | None = None):
     self.path: str | None = path
-    self.extra_ids = extra_ids
-    self.model = _read(path)
+    self.extra_ids, self.special = extra_ids, dict(special or {})
+    self.model: bytes | None = vocabulary_files.read(path)
     self._load()
 
   @property
@@ -123,15 +129,27 @@ class SentencePieceVocabulary:
     except (RuntimeError, message.DecodeError) as error:
       raise ValueError(f'{self.path} is not a SentencePiece model: {error}') from None
     p = self._processor
-    self.vocab_size: int = p.get_piece_size()
-    self.pad_id: int = max(p.pad_id(), 0)
-    self.eos_id: int | None = _some(p.eos_id())
-    self.bos_id: int | None = _some(p.bos_id())
-    self.unk_id: int | None = _some(p.unk_id())
-    # The ids that stand for U+2581, where the model can spell any byte and keeps every space.
+    self._pieces: int = p.get_piece_size()
+    own = {'bos': p.bos_id(), 'eos': p.eos_id(), 'pad': p.pad_id(), 'unk': p.unk_id()}
+    own = {role: index if index >= 0 else None for role, index in own.items()}
+    found = vocabulary_files.special_ids(
+      self.path, own=own, special=self.special,
+      tokens=lambda: {p.id_to_piece(i): i for i in range(self._pieces)})
+    # Without a token of its own, padding is 0.
+    self.special = {role: i for role, i in found.items()
+                    if i != own[role] and not (role == 'pad' and not i and not own[role])}
+    # A token that was added to a published model lies behind its pieces.
+    self.vocab_size: int = max([self._pieces, *(i + 1 for i in found.values() if i is not None)])
+    self.eos_id, self.bos_id, self.unk_id = found['eos'], found['bos'], found['unk']
+    self.pad_id: int = found['pad'] or 0
+    self._dropped = {found['pad'], self.eos_id, self.bos_id} - {self.unk_id}
+    # The ids that stand for U+2581 in a model of our own, which spells any byte. In the others it
+    # stays what they take it for, a space.
     ids = [p.piece_to_id(f'<0x{b:02X}>') for b in ESCAPE.encode()]
-    keeps = p.decode(p.encode(' a  b ')) == ' a  b '
-    self.escape_ids = ids if keeps and all(p.is_byte(i) for i in ids) else None
+    proto: Any = sentencepiece_model_pb2
+    trainer = proto.ModelProto.FromString(self.model).trainer_spec
+    ours = trainer.required_chars == REQUIRED and all(p.is_byte(i) for i in ids)
+    self.escape_ids = ids if ours else None
 
   def encode(self, text: str) -> list[int]:
     """Returns the ids of a text, without EOS."""
@@ -144,86 +162,26 @@ class SentencePieceVocabulary:
 
   def decode(self, ids: Iterable[int]) -> str:
     """Returns the text of ids, up to the first EOS; padding is dropped."""
-    drop = {self.pad_id, self.eos_id, self.bos_id}
-    kept = [i for i in _until(ids, self.eos_id) if i not in drop and i < self.vocab_size]
+    kept = [i for i in vocabulary_files.until(ids, self.eos_id)
+            if i not in self._dropped and i < self._pieces]
     return self._processor.decode(kept)
 
-  def fingerprint(self) -> str:
-    """Returns a hash (hex) that is equal for vocabularies which give equal ids."""
-    return _fingerprint(self.kind, self.model, self.extra_ids)
-
-  def __getstate__(self) -> dict[str, Any]:
-    return {'path': self.path, 'extra_ids': self.extra_ids, 'model': self.model}
-
-  def __setstate__(self, state: dict[str, Any]) -> None:
-    self.__dict__.update(state)
-    self._load()
-
-
-class TokenizerJsonVocabulary:
-  """A Hugging Face tokenizer.json; special ids are those of the named tokens it has.
-
-  Args:
-    path: the tokenizer.json file.
-    eos: token that ends a document; default the first of the usual names the file has.
-    pad: token for padding; default the first of the usual names, else id 0.
-    extra_ids: sentinel ids added at the end.
-
-  Raises:
-    ValueError: no such file, no tokenizer in it, or a named token it lacks.
-  """
-
-  kind: ClassVar[str] = 'tokenizer.json'
-  _EOS = ('</s>', '<|endoftext|>', '<|end_of_text|>', '<eos>', '<|im_end|>', '[SEP]')
-  _PAD = ('<pad>', '[PAD]', '<|pad|>', '<|finetune_right_pad_id|>')
-  _BOS = ('<s>', '<|begin_of_text|>', '<bos>', '[CLS]')
-  _UNK = ('<unk>', '[UNK]')
-
-  def __init__(self, path: str, *, eos: str | None = None, pad: str | None = None,
-               extra_ids: int = 0):
-    self.path: str | None = path
-    self._eos, self._pad, self.extra_ids = eos, pad, extra_ids
-    self.model = _read(path)
-    self._load()
-
-  def _load(self) -> None:
-    try:
-      self._tokenizer = tokenizers.Tokenizer.from_buffer(self.model)
-    except Exception as error:  # The library raises plain Exception.
-      raise ValueError(f'{self.path} is not a tokenizer.json: {error}') from None
-    self._tokenizer.no_padding()
-    self._tokenizer.no_truncation()
-    ids = self._tokenizer.get_vocab(with_added_tokens=True)
-    if not ids:
-      raise ValueError(f'{self.path} is a tokenizer.json without any token')
-    # Ids may have gaps, so their number does not bound them.
-    self._base = max(ids.values()) + 1
-    self.vocab_size = self._base + self.extra_ids
-    self.eos_id = self._special(ids, self._eos, self._EOS)
-    self.pad_id = self._special(ids, self._pad, self._PAD) or 0
-    self.bos_id = self._special(ids, None, self._BOS)
-    self.unk_id = self._special(ids, None, self._UNK)
-
-  def _special(self, ids: Mapping[str, int], name: str | None, usual: Sequence[str]) -> int | None:
-    if name is not None and name not in ids:
-      raise ValueError(f'{self.path} has no token {name!r}{_nearest(name, ids)}')
-    return next((ids[n] for n in ([name] if name else usual) if n in ids), None)
-
-  def encode(self, text: str) -> list[int]:
-    """Returns the ids of a text, without special tokens."""
-    return self._tokenizer.encode(text, add_special_tokens=False).ids
-
-  def decode(self, ids: Iterable[int]) -> str:
-    """Returns the text of ids, up to the first EOS; special tokens are dropped."""
-    kept = [i for i in _until(ids, self.eos_id) if i < self._base and i != self.eos_id]
-    return self._tokenizer.decode(kept, skip_special_tokens=True)
+  def encode_with_special(self, text: str) -> list[int]:
+    """Returns the ids of a text after BOS, as Llama's, or before EOS where there is none, as T5's.
+    """
+    ids = self.encode(text)
+    if self.bos_id is not None:
+      return [self.bos_id, *ids]
+    return ids if self.eos_id is None else [*ids, self.eos_id]
 
   def fingerprint(self) -> str:
     """Returns a hash (hex) that is equal for vocabularies which give equal ids."""
-    return _fingerprint(self.kind, self.model, self.extra_ids, self.eos_id, self.pad_id)
+    chosen = [[r, self.special[r]] for r in ('eos', 'pad') if r in self.special]
+    return vocabulary_files.fingerprint(self.kind, self.model or b'', self.extra_ids,
+                                        *([chosen] if chosen else []))
 
   def __getstate__(self) -> dict[str, Any]:
-    return {k: self.__dict__[k] for k in ('path', '_eos', '_pad', 'extra_ids', 'model')}
+    return {k: self.__dict__[k] for k in ('path', 'special', 'extra_ids', 'model')}
 
   def __setstate__(self, state: dict[str, Any]) -> None:
     self.__dict__.update(state)
@@ -241,6 +199,7 @@ class IdVocabulary:
 
   kind: ClassVar[str] = 'ids'
   path: str | None = None
+  model: bytes | None = None
   extra_ids: int = 0
   bos_id: int | None = None
   unk_id: int | None = None
@@ -256,33 +215,52 @@ class IdVocabulary:
 
   def decode(self, ids: Iterable[int]) -> str:
     """Returns the ids, up to the first EOS, as numbers between spaces."""
-    return ' '.join(str(i) for i in _until(ids, self.eos_id))
+    return ' '.join(str(i) for i in vocabulary_files.until(ids, self.eos_id))
 
   def fingerprint(self) -> str:
     """Returns a hash (hex) that is equal for vocabularies which give equal ids."""
-    return _fingerprint(self.kind, b'', self.vocab_size, self.eos_id, self.identity)
+    return vocabulary_files.fingerprint(self.kind, b'', self.vocab_size, self.eos_id, self.identity)
 
 
-def load(source: str, *, extra_ids: int = 0) -> Vocabulary:
-  """Returns the vocabulary a name or file stands for.
+def load(source: str, *, extra_ids: int | None = None, eos: str | None = None,
+         pad: str | None = None, bos: str | None = None) -> Vocabulary:
+  """Returns the vocabulary a name, a file or the folder of a published model stands for.
+
+  The special tokens are those named here, else those that tokenizer_config.json or
+  special_tokens_map.json beside the file name, else those of the file.
 
   Args:
-    source: 'bytes', or the path of a SentencePiece .model or a Hugging Face .json file.
-    extra_ids: sentinel ids added at the end.
+    source: 'bytes', the path of a SentencePiece .model or of a Hugging Face .json file, or a folder
+      with one: tokenizer.json, tokenizer.model, spiece.model, or vocab.json with merges.txt.
+    extra_ids: sentinel ids added at the end; None: as the files say, else none.
+    eos: token that ends a document.
+    pad: token for padding.
+    bos: token that begins a document.
 
   Raises:
-    ValueError: neither of these, or an unreadable file.
+    ValueError: none of these, an unreadable file, or a token it lacks.
   """
+  given = {role: token for role, token in (('eos', eos), ('pad', pad), ('bos', bos))
+           if token is not None}
   if source == 'bytes':
-    return ByteVocabulary(extra_ids=extra_ids)
+    if given:
+      raise ValueError(f"vocabulary 'bytes' has tokens of its own, so {', '.join(given)} would "
+                       f'have no effect: leave it out')
+    return ByteVocabulary(extra_ids=extra_ids or 0)
   source = os.path.expanduser(source)
-  if source.endswith('.json'):
-    return TokenizerJsonVocabulary(source, extra_ids=extra_ids)
-  if source.endswith(('.model', '.spm')) or os.path.exists(source):
-    return SentencePieceVocabulary(source, extra_ids=extra_ids)
-  raise ValueError(f"vocabulary {source!r} is unknown; allowed: 'bytes', or the path of a "
-                   f'SentencePiece .model or a Hugging Face tokenizer.json'
-                   f'{_nearest(source, ["bytes"])}')
+  path = published.tokenizer_file(source) if os.path.isdir(source) else source
+  if not (path.endswith(('.json', '.model', '.spm')) or os.path.exists(path)):
+    raise ValueError(f"vocabulary {source!r} is unknown; allowed: 'bytes', the path of a "
+                     f'SentencePiece .model or a Hugging Face tokenizer.json, or the folder of a '
+                     f'model{names.suggest(source, ["bytes"]) if source.isalnum() else ""}')
+  said = published.said_beside(path)
+  special: dict[str, str | int | None] = {**said.special, **given}
+  if path.endswith('.json'):
+    return TokenizerJsonVocabulary(path, extra_ids=extra_ids or 0, special=special)
+  pieces = {role: said.added.get(token, token) if isinstance(token, str) else token
+            for role, token in special.items()}
+  return SentencePieceVocabulary(path, special=pieces, extra_ids=(
+    said.extra_ids if extra_ids is None else extra_ids))
 
 
 def describe(vocabulary: Vocabulary, *, directory: str | None = None) -> dict[str, Any]:
@@ -298,8 +276,9 @@ def describe(vocabulary: Vocabulary, *, directory: str | None = None) -> dict[st
                   for k in ('vocab_size', 'pad_id', 'eos_id', 'bos_id', 'unk_id')}}
   if vocabulary.path is not None:
     described['file'] = 'vocabulary' + os.path.splitext(vocabulary.path)[1]
-    if directory is not None:
-      shutil.copyfile(vocabulary.path, os.path.join(directory, described['file']))
+    if directory is not None and vocabulary.model is not None:
+      with shards.atomic_file(os.path.join(directory, described['file'])) as file:
+        file.write(vocabulary.model)
   return described
 
 
@@ -324,43 +303,11 @@ def from_manifest(described: Mapping[str, Any], *, directory: str) -> Vocabulary
     raise ValueError(f'{directory} has a vocabulary of kind {kind!r}; known: '
                      f'{", ".join(sorted([*readers, "bytes", "ids"]))}')
   path = os.path.join(directory, described['file'])
-  vocabulary = readers[kind](path, extra_ids=extra_ids)
-  # Which tokens end and pad a document may have been chosen when the store was written.
-  vocabulary.eos_id, vocabulary.pad_id = described['eos_id'], described['pad_id']
+  # Which tokens begin, end and pad a document was decided when the store was written.
+  special: dict[str, str | int | None] = {role: described.get(f'{role}_id')
+                                          for role in vocabulary_files.ROLES}
+  vocabulary = readers[kind](path, extra_ids=extra_ids, special=special)
   if vocabulary.fingerprint() != described['fingerprint']:
     raise ValueError(f'{path} is not the vocabulary this store was written with; delete '
                      f'{directory} and rerun prepare')
   return vocabulary
-
-
-@functools.lru_cache(maxsize=8)
-def _read_stamped(path: str, stamp: tuple[int, int]) -> bytes:
-  del stamp  # Part of the cache's key only.
-  with open(path, 'rb') as file:
-    return file.read()
-
-
-def _read(path: str) -> bytes:
-  try:
-    stat = os.stat(path)
-    return _read_stamped(path, (stat.st_size, stat.st_mtime_ns))
-  except OSError as error:
-    raise ValueError(f'cannot read vocabulary {path}: {error.strerror}') from None
-
-
-def _some(index: int) -> int | None:
-  return index if index >= 0 else None
-
-
-def _until(ids: Iterable[int], eos_id: int | None) -> list[int]:
-  kept = [int(i) for i in ids]
-  return kept[:kept.index(eos_id)] if eos_id is not None and eos_id in kept else kept
-
-
-def _fingerprint(kind: str, model: bytes, *rest: Any) -> str:
-  return hashlib.sha256(json.dumps([kind, *rest]).encode() + b'\0' + model).hexdigest()
-
-
-def _nearest(name: str, known: Iterable[str]) -> str:
-  close = difflib.get_close_matches(name, list(known), n=1)
-  return f'; did you mean {close[0]!r}?' if close else ''
