@@ -277,12 +277,7 @@ def _load(path: epath.Path, abstract: Any, trees: Sequence[str]) -> tuple[Any, d
 
   Raises Damaged, or ValueError where it is another model's.
   """
-  try:
-    manifest = ocp.JsonCheckpointHandler().restore(path / 'manifest')
-  except Exception as error:
-    raise integrity.Damaged(
-        f'its manifest {path / "manifest"} cannot be read: {_brief(error)}') from error
-  body = integrity.unseal(manifest)
+  body = read_manifest(path)
   saved, wanted = body['tensors'], integrity.named_leaves(abstract)
   if trees:
     roots = {name.split('/')[0] for name in saved}
@@ -293,15 +288,38 @@ def _load(path: epath.Path, abstract: Any, trees: Sequence[str]) -> tuple[Any, d
   if lines:
     raise ValueError(f'checkpoint {path} does not fit this model, {len(lines)} differences:\n  '
                      + '\n  '.join(lines))
-  plain = _read(path / 'state', wanted, saved)
+  leaves = list(load_tensors(path, wanted, saved).values())
+  return jax.tree.unflatten(jax.tree.structure(abstract), leaves), body['extra']
+
+
+def read_manifest(path: epath.PathLike) -> dict[str, Any]:
+  """What one checkpoint, `<directory>/<step>`, says it holds; raises integrity.Damaged."""
+  where = _absolute(path) / 'manifest'
+  try:
+    manifest = ocp.JsonCheckpointHandler().restore(where)
+  except Exception as error:
+    raise integrity.Damaged(f'its manifest {where} cannot be read: {_brief(error)}') from error
+  return integrity.unseal(manifest)
+
+
+def load_tensors(path: epath.PathLike, wanted: Mapping[str, Any], saved: Mapping[str, Any]
+                 ) -> dict[str, jax.Array]:
+  """Reads and verifies tensors of one checkpoint, any of them; raises integrity.Damaged.
+
+  Args:
+    path: `<directory>/<step>`.
+    wanted: full name to ShapeDtypeStruct or array, whose dtype and sharding the result has.
+    saved: the manifest's 'tensors'.
+  """
+  state = _absolute(path) / 'state'
+  plain = _read(state, wanted, saved)
   sums = integrity.checksums(plain)
   wrong = [name for name in sums if sums[name] != saved[name]['checksum']]
   if wrong:
     raise integrity.Damaged('tensors differ from what was saved: ' + ', '.join(
         f"{name} (checksum {sums[name]}, saved {saved[name]['checksum']})" for name in wrong)
-        + f'; files under {path / "state"}')
-  leaves = [_as_wanted(plain[name], leaf, saved[name]) for name, leaf in wanted.items()]
-  return jax.tree.unflatten(jax.tree.structure(abstract), leaves), body['extra']
+        + f'; files under {state}')
+  return {name: _as_wanted(plain[name], leaf, saved[name]) for name, leaf in wanted.items()}
 
 
 def _read(path: epath.Path, wanted: Mapping[str, Any], saved: Mapping[str, Any]

@@ -2,6 +2,7 @@
 
   python -m t5x_like.convert import HF_DIR --out DIR      a checkpoint, DIR/model.gin, DIR/hf
   python -m t5x_like.convert export DIR --out HF_DIR      .safetensors, config.json, tokenizer
+  python -m t5x_like.convert verify HF_DIR DIR            our logits beside those of transformers
 """
 
 import sys
@@ -13,6 +14,8 @@ if __name__ == '__main__':  # Before the slow imports: flags are answered at onc
   command, argv = arguments.split(sys.argv[1:])
   if command == 'export':
     sys.exit(config.run('t5x_like.convert.export_model', argv, flags=arguments.EXPORT))
+  if command == 'verify':
+    sys.exit(config.run('t5x_like.convert.verify', argv, flags=arguments.VERIFY))
   sys.exit(config.run('t5x_like.convert.import_model', argv, flags=arguments.IMPORT))
 
 from typing import Any, Literal
@@ -20,7 +23,7 @@ from typing import Any, Literal
 from jax.sharding import Mesh
 
 from partitioning import rules as rules_lib
-from t5x_like.interchange import exporting, folder, importing
+from t5x_like.interchange import comparing, exporting, folder, importing
 
 
 def import_model(hf_dir: str, *, out: str, mesh: Mesh | None = None,
@@ -38,3 +41,9 @@ def export_model(checkpoint: str, *, out: str, model: Any = None,
   """Exports a checkpoint; see `t5x_like.interchange.exporting.export`."""
   return exporting.export(checkpoint, out=out, model=model, dtype=dtype, shard_size=shard_size,
                           spelling=spelling, family=family, step=step, which=which)
+
+
+def verify(hf_dir: str, checkpoint: str, *, step: int | None = None
+           ) -> dict[str, comparing.Difference]:
+  """Compares a checkpoint with transformers; see `t5x_like.interchange.comparing.verify`."""
+  return comparing.verify(hf_dir, checkpoint, step=step)

@@ -11,8 +11,9 @@ Flags = Mapping[str, Callable[[str], Any]]
 IMPORT: Flags = {'hf_dir': str, 'out': str, 'dtype': str, 'unknown': str}
 EXPORT: Flags = {'checkpoint': str, 'out': str, 'dtype': str, 'shard_size': str, 'spelling': str,
                  'family': str, 'step': int, 'which': str}
+VERIFY: Flags = {'hf_dir': str, 'checkpoint': str, 'step': int}
 # What the folders after a command are.
-_FOLDERS = {'import': ('hf_dir',), 'export': ('checkpoint',)}
+_FOLDERS = {'import': ('hf_dir',), 'export': ('checkpoint',), 'verify': ('hf_dir', 'checkpoint')}
 
 
 def split(argv: Sequence[str]) -> tuple[str, list[str]]:
