@@ -211,8 +211,25 @@ def test_data_files_are_read(monkeypatch, stores, tmp_path, required, capsys, na
     assert not (tmp_path / 'stores').exists()
   else:
     files, bindings = _run_flags(stores, tmp_path, _TINY, name, HOOKS=[], **given)
+    # Without hooks nothing of a live run reads a store.
+    bindings = [b for b in bindings if not b.startswith(('STORE_DIR', 'SOURCES'))]
     found = _abstract(monkeypatch, files, bindings)
     assert {x.shape for x in found['shapes'].values()} == {(8, 16)}
+
+
+def test_a_live_run_needs_no_store_and_neither_does_generation_from_it(tmp_path, required, capsys):
+  given = {'MODEL_DIR': f'"{tmp_path / "run"}"', 'TRAIN_STEPS': 1, 'HOOKS': '[]', **_SMALL,
+           'TASK': required['TASK'], 'MODULES': required['MODULES']}
+  unused = ('EVAL_BATCHES', 'decode.Samples.new_tokens')
+  assert config.run('t5x_like.train.train', [
+    '--gin_file=runs/pretrain.gin', f'--gin_file={_TINY}', '--gin_file=data/live.gin',
+    *(f'--gin.{k}={v}' for k, v in given.items() if k not in unused)]) == 0
+  assert 'embed/embedding' in (tmp_path / 'run/model-info.txt').read_text()
+  capsys.readouterr()
+  assert config.run('t5x_like.generate.generate', [
+    f'--gin_file={tmp_path / "run/config.gin"}', '--prompt', 'line', '--new_tokens', '2'],
+    flags={'prompt': str, 'new_tokens': int}) == 0
+  assert capsys.readouterr().out.startswith('line')
 
 
 # One device: eight simulated ones would be compiled for, and other tests do.

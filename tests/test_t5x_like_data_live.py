@@ -1,13 +1,20 @@
 """The live adapter: batches as a store gives them, and resuming continues the very same stream."""
 
 import itertools
+import os
+import shutil
+import signal
 from typing import Any
 
 import numpy as np
 import pytest
 import seqio
 import tensorflow as tf
+import toy
 
+from partitioning import mesh as mesh_lib
+from partitioning import rules
+from t5x_like import checkpoints, losses, metrics, optim, train
 from t5x_like.data import live, tasks, textfiles
 
 # TensorFlow's AutoGraph on Python 3.13, which would give up on a function that warns.
@@ -141,6 +148,41 @@ def test_inputs_are_a_prefix_without_loss():
   assert sorted(found['loss_weights'].sum(1).tolist()) == [2, 4]
   assert sorted(found['segment_ids'].sum(1).tolist()) == [3, 6]
   assert found['positions'].max() == 5
+
+
+def test_a_run_stopped_and_started_again_has_the_losses_of_one_that_was_not(tmp_path, capsys):
+  class Stop:
+    def due(self, step, *, last):
+      return step == 3
+
+    def __call__(self, run, step, train_state):
+      os.kill(os.getpid(), signal.SIGTERM)
+
+  def trained(name, **settings):
+    folder = str(tmp_path / name)
+    train.train(model=toy.model(vocab=259, layers=1), loader=loader(), steps=6, workdir=folder,
+                loss=losses.next_token, optimizer=optim.adamw(learning_rate=1e-2),
+                mesh=mesh_lib.make_mesh(devices=1), rules=rules.fsdp_tensor(), log_every=1,
+                writers=('jsonl',), checkpointer=checkpoints.Checkpointer(folder, every=2),
+                **settings)
+
+  def curve(name):
+    return metrics.column(metrics.read_jsonl(str(tmp_path / name / 'metrics.jsonl')), 'loss')
+
+  trained('whole')
+  with pytest.raises(SystemExit):
+    trained('stopped', hooks=[Stop()])
+  done = checkpoints.Checkpointer(tmp_path / 'stopped', every=1).steps()[-1]
+  assert done in (3, 4)
+  capsys.readouterr()
+  trained('stopped')
+  assert 'replaying' not in capsys.readouterr().err
+  assert curve('stopped') == curve('whole') and curve('whole')[0] == [1, 2, 3, 4, 5, 6]
+  # From the checkpoint of update 2 as well, as after a kill: those after it are gone.
+  for later in range(3, 7):
+    shutil.rmtree(tmp_path / 'stopped' / str(later), ignore_errors=True)
+  trained('stopped')
+  assert curve('stopped') == curve('whole')
 
 
 def test_other_settings_are_refused():

@@ -30,6 +30,37 @@ _FEATURES = {'inputs': 'decoder_input_tokens', 'targets': 'decoder_target_tokens
              'loss_weights': 'decoder_loss_weights'}
 
 
+def vocabulary(*, task: str, modules: Sequence[str] = ()) -> vocabularies.Vocabulary:
+  """Returns the vocabulary of the targets of a registered Task or Mixture.
+
+  Args:
+    task: its name.
+    modules: modules to import that register it.
+
+  Raises:
+    ValueError: unknown task.
+  """
+  tasks.registered(task, modules=modules)
+  features = seqio.get_mixture_or_task(task).output_features
+  return seqio_vocabularies.ours_of(features['targets'].vocabulary)
+
+
+def vocab_size(*, task: str, modules: Sequence[str] = (), multiple: int = 128) -> int:
+  """Returns the vocabulary entries a model needs for a task; see `sources.vocab_size`.
+
+  Args:
+    task: its name.
+    modules: modules to import that register it.
+    multiple: the size is rounded up to one.
+
+  Raises:
+    ValueError: unknown task.
+  """
+  if multiple < 1:
+    raise ValueError(f'multiple={multiple} must be at least 1')
+  return -(-vocabulary(task=task, modules=modules).vocab_size // multiple) * multiple
+
+
 class LiveLoader:
   """`batch(step)` from a registered seqio Task or Mixture, in the order tf.data gives.
 
