@@ -35,7 +35,7 @@ def forget():
 
 
 @pytest.mark.parametrize('name', NAMES)
-def test_import_and_export_return_every_byte(name, tmp_path):
+def test_import_and_export_return_every_byte(name, tmp_path, monkeypatch):
   theirs = golden_hf.FOLDER / name
   out = importing.import_folder(str(theirs), out=str(tmp_path / 'ours'))
   stored, family = golden_hf.stored(name), golden_hf.family(name)
@@ -46,7 +46,12 @@ def test_import_and_export_return_every_byte(name, tmp_path):
   params = state.path_dict(checkpoints.load_params(out, structure.shapes))
   for path, value in flat.items():
     np.testing.assert_array_equal(np.asarray(params[path]), value, err_msg=path)
-  again = exporting.export(out, out=str(tmp_path / 'theirs'))
+  again, models, export = str(tmp_path / 'theirs'), [], exporting.export
+  monkeypatch.setattr(exporting, 'export', lambda *a, model, **k: (
+      models.append(model), export(*a, model=model, **k))[1])
+  assert _export(out, f'--out={again}', f'--gin_file={out}/model.gin', '--module=t5x_like.convert',
+                 '--gin.t5x_like.convert.export_model.model=%MODEL') == 0
+  assert models == [family.model(config=found.config)]
   made = files.tensors(again)
   wanted = {key: tensor for theirs_key, tensor in stored.items()
             if (key := family.canonical(theirs_key))}

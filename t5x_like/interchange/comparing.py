@@ -70,9 +70,9 @@ def verify(hf_dir: str, checkpoint: str, *, step: int | None = None) -> dict[str
   if 'decoder_input_ids' in inspect.signature(kind.forward).parameters:
     raise ValueError(f'{found.family.name} has an encoder and a decoder; verify compares models of '
                      f'one stack')
-  config = dataclasses.replace(found.config, **{
-      f.name: 'float32' for f in dataclasses.fields(found.config) if f.name == 'dtype'})
-  ids = np.random.default_rng(_SEED).integers(3, config.vocab, (_ROWS, _LENGTH)).astype(np.int32)
+  config = folder.computing_in('float32', found.config)
+  vocab = found.values['vocab_size']
+  ids = np.random.default_rng(_SEED).integers(3, vocab, (_ROWS, _LENGTH)).astype(np.int32)
   wanted = _theirs(found.path, kind, torch, ids)
   compared = {'import': difference(_ours(found.family.model(config=config), checkpoint, step, ids),
                                    wanted)}

@@ -123,11 +123,21 @@ def load(path: str, unknown: Unknown = 'refuse') -> Folder:
   family, config = configuration(read, unknown)
   stored = files.tensors(path)
   kinds = {s.dtype for s in stored.values()}
-  # 'auto' kinds of computing follow the file: what was trained in 16 bits runs in bfloat16.
-  dtype = 'bfloat16' if 'BF16' in kinds else 'float32'
-  config = dataclasses.replace(config, **{
-      f.name: dtype for f in dataclasses.fields(config) if f.name == 'dtype'})
+  # Computing follows the file: what was trained in bfloat16 runs in it.
+  config = computing_in('bfloat16' if 'BF16' in kinds else 'float32', config)
   return Folder(path, family, config, read.values, stored)
+
+
+def computing_in(dtype: str, config: Any) -> Any:
+  """A configuration, and those inside it, with another dtype of activations."""
+  changed = {}
+  for field in dataclasses.fields(config):
+    value = getattr(config, field.name)
+    if field.name == 'dtype':
+      changed[field.name] = dtype
+    elif dataclasses.is_dataclass(value):
+      changed[field.name] = computing_in(dtype, value)
+  return dataclasses.replace(config, **changed)
 
 
 def leaves(structure: Structure) -> dict[str, table.Leaf]:

@@ -18,11 +18,15 @@ def text(model: Any, *, about: str) -> str:
   lines = list(_bindings(model, counts, scope=''))
   modules = sorted({kind.__module__ for kind in counts})
   imports = [f'from {m.rpartition(".")[0]} import {m.rpartition(".")[2]}' for m in modules]
-  vocab = getattr(getattr(model, 'config', None), 'vocab', None)
-  if vocab is not None:
-    lines.insert(0, f'VOCAB_SIZE = {vocab}')
+  if any(line.endswith(' = %VOCAB_SIZE') for line in lines):
+    sizes = [one.vocab for one in _dataclasses(model) if 'vocab' in _fields(one)]
+    lines.insert(0, f'VOCAB_SIZE = {sizes[0]}')
   return '\n'.join([f'# {about}', 'from __gin__ import dynamic_registration', *imports, '',
                     f'MODEL = @{_name(model)}()', *lines, ''])
+
+
+def _fields(value: Any) -> set[str]:
+  return {field.name for field in dataclasses.fields(value)}
 
 
 def _dataclasses(value: Any) -> Iterator[Any]:
