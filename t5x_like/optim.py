@@ -22,13 +22,13 @@ Rules = Sequence[tuple[str, Role]]
 
 # What a parameter is, by its path and not by its rank: a bias stacked over layers has two dims.
 ROLES: Rules = (
-    (r'(^|/)(scale|bias)$', 'vector'),
+    (r'(^|/)(scale|(head_)?bias)$', 'vector'),
     (r'(^|/)embedding$', 'embedding'),
     (r'(^|/)head/kernel$', 'head'),
     (r'(^|/)kernel$', 'matrix'),
 )
 # How many dims of a kernel are summed over, not counting stacks of layers or experts.
-INPUT_DIMS = ((r'(^|/)attention/out/kernel$', 2), (r'', 1))
+INPUT_DIMS = ((r'(^|/)(attention|cross)/out/kernel$', 2), (r'', 1))
 _STACKED = re.compile(r'(^|/)layers/(?!\d+(/|$))')
 # A mixture of experts has one such kernel per expert, stacked after the layers.
 _EXPERTS = re.compile(r'(^|/)mlp/(gate|up|down)/kernel$')

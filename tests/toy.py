@@ -86,9 +86,9 @@ def steps(described, definition, count: int, *, optimizer=None, loader=None, los
 
 
 def write_store(directory, *, source: str = 'toy', documents: int = 60, seed: int = 0,
-                splits=('train', 'validation')) -> str:
+                splits=('train', 'validation'), extra_ids: int = 0) -> str:
   """Writes byte-level stores of made-up words; returns the store directory."""
-  vocabulary = vocabularies.load('bytes')
+  vocabulary = vocabularies.load('bytes', extra_ids=extra_ids)
   random = np.random.default_rng(seed)
   words = [''.join(chr(97 + c) for c in random.integers(0, 26, n))
            for n in random.integers(1, 8, 40)]
