@@ -9,7 +9,7 @@ if __name__ == '__main__':  # Before the slow imports: flags are answered at onc
 
 import contextlib
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent import futures
 from typing import Any, Literal, get_args
 
@@ -43,7 +43,7 @@ def train(*, model: state_lib.Model, loader: step_lib.Loader,
           rules: rules_lib.Rules, steps: int, workdir: str,
           checkpointer: checkpoints.Checkpointer | None = None, hooks: Sequence[Hook] = (),
           seed: int = 0, microbatches: int = 1, ema: float | None = None,
-          initial: str | None = None, data_change: Change = 'refuse',
+          initial: str | Callable[[Any], Any] | None = None, data_change: Change = 'refuse',
           model_change: Change = 'refuse', log_every: int = 10,
           writers: Sequence[Literal['jsonl', 'tensorboard', 'wandb']] = ('jsonl', 'tensorboard')
           ) -> dict[str, Any]:
@@ -63,7 +63,8 @@ def train(*, model: state_lib.Model, loader: step_lib.Loader,
     seed: of initialisation and dropout.
     microbatches: parts of a batch computed one after the other.
     ema: decay of an average of the parameters kept for evaluation, in (0, 1).
-    initial: directory of checkpoints whose newest weights a fresh run starts from.
+    initial: directory of checkpoints whose newest weights a fresh run starts from, or what fills
+      its parameters in, such as `t5x_like.partial.Partial`.
     data_change: whether a resumed run may read other data than its checkpoint was trained on.
     model_change: whether a resumed run's model may compute something else from equal shapes.
     log_every: updates between metric records.
@@ -181,8 +182,9 @@ def _nothing_to_do(start: int, steps: int, workdir: str) -> dict[str, Any]:
   return {'step': start, 'loss': None, 'metrics': {}, 'ledger': past.as_dict()}
 
 
-def _start(plan: _Plan, checkpointer: checkpoints.Checkpointer | None, initial: str | None,
-           data_change: str, model_change: str) -> tuple[int, Any]:
+def _start(plan: _Plan, checkpointer: checkpoints.Checkpointer | None,
+           initial: str | Callable[[Any], Any] | None, data_change: str,
+           model_change: str) -> tuple[int, Any]:
   """The updates done and the state to go on from."""
   if checkpointer is not None:
     found = resume.newest(checkpointer, plan.abstract, extra=plan.extra, loader=plan.loader,
@@ -192,7 +194,8 @@ def _start(plan: _Plan, checkpointer: checkpoints.Checkpointer | None, initial: 
   train_state = state_lib.initial(plan.model, plan.structure, plan.optimizer, seed=plan.seed,
                                   ema=plan.ema is not None)
   if initial is not None:
-    params = checkpoints.load_params(initial, plan.structure.shapes)
+    params = (checkpoints.load_params(initial, plan.structure.shapes) if isinstance(initial, str)
+              else initial(train_state['params']))
     train_state['params'] = params
     if plan.ema is not None:
       train_state['ema'] = jax.tree.map(lambda x: x.copy(), params)

@@ -10,7 +10,7 @@ from models.config import DecoderConfig
 from models.decoder import DecoderLM
 from partitioning import mesh as mesh_lib
 from partitioning import rules as rules_lib
-from t5x_like import checkpoints, partial, state
+from t5x_like import checkpoints, config, partial, state
 
 
 def _model(**change) -> DecoderLM:
@@ -85,3 +85,25 @@ def test_what_has_no_effect_is_refused(saved):
     partial.Partial(checkpoint=path, step=7)(mine)
   with pytest.raises(ValueError, match='has no ema; it has params, step'):
     partial.Partial(checkpoint=path, which='ema')(mine)
+
+
+def test_a_run_starts_from_parts_of_another(saved, tmp_path, capsys):
+  path, source = saved
+  settings = {'MODEL_DIR': f'"{tmp_path / "new"}"', 'SOURCES': '"toy"', 'TRAIN_STEPS': 2,
+              'STORE_DIR': f'"{toy.write_store(str(tmp_path / "stores"))}"', 'LENGTH': 8,
+              'HOOKS': [], 'WARMUP_STEPS': 1, 'PEAK_LR': 1e-30, 'mesh.make_mesh.devices': 1,
+              'train.train.initial': '@t5x_like.partial.Partial()',
+              't5x_like.partial.Partial.checkpoint': f'"{path}"',
+              't5x_like.partial.Partial.rules': '(("layers/.*", r"\\g<0>"),)',
+              **{f'config.DecoderConfig.{name}': getattr(_model().config, name)
+                 for name in ('embed', 'layers', 'heads', 'mlp')}}
+  assert config.run('t5x_like.train.train', [
+      '--gin_file=runs/pretrain.gin', '--gin_file=models/decoder.gin', '--module=t5x_like.partial',
+      *(f'--gin.{name}={value}' for name, value in settings.items())]) == 0, capsys.readouterr().err
+  assert 'initialised embed/embedding (no rule matches)' in capsys.readouterr().err
+  config.clear()
+  made = checkpoints.read_manifest(tmp_path / 'new' / '2')['tensors']
+  wanted = {f'params/{name}': value for name, value in state.path_dict(source).items()
+            if name.startswith('layers/')}
+  found = checkpoints.load_tensors(tmp_path / 'new' / '2', wanted, made)
+  assert toy.tree_equal(found, wanted)
