@@ -101,7 +101,7 @@ def reference(q: Float[Array, 'B L H K'], k: Float[Array, 'B S G K'], v: Float[A
   k, v = k.transpose(0, 2, 1, 3), v.transpose(0, 2, 1, 3)
   if bias is not None:
     bias = bias.reshape(bias.shape[0], groups, repeat, length, keys)
-  out = weighted((q, k, v), mask.dense(length, keys)[:, :, None], bias, softcap)
+  out: jax.Array = weighted((q, k, v), mask.dense(length, keys)[:, :, None], bias, softcap)
   return out.transpose(0, 3, 1, 2, 4).reshape(batch, length, heads, width)
 
 
