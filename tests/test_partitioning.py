@@ -1,6 +1,9 @@
 """Meshes and rules: ordered with fallback, cover or refuse, exact layouts."""
 
+import math
+
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 import toy
@@ -92,3 +95,23 @@ def test_every_preset_covers_the_decoder():
     described = toy.structure(toy.model(kv_heads=2, biases=('qkv', 'out', 'mlp', 'norm', 'head'),
                                         position='learned'), preset(), data=2, fsdp=2, tensor=2)
     assert all(row['spec'] is not None for row in described.rows())
+
+
+@pytest.mark.parametrize('sizes', [{'data': 1}, {'fsdp': 2, 'tensor': 4}])
+def test_wide_products_have_the_gradients_of_narrow_ones(sizes):
+  columns = rules._WIDE
+  x, w, g = (jax.random.normal(jax.random.key(i), shape)
+             for i, shape in enumerate([(2, 4, 8), (8, columns), (2, 4, columns)]))
+  mesh = mesh_lib.make_mesh(devices=math.prod(sizes.values()), **sizes)
+
+  @jax.jit
+  def found(x, w):
+    project = lambda x, w: rules.project(x, w, ('batch', 'length', 'vocab'))
+    y, back = jax.vjp(project, x, rules.gathered(w, 'embed', 'vocab'))
+    return y, *back(g)
+
+  wanted = (jnp.einsum('bld,dv->blv', x, w), jnp.einsum('blv,dv->bld', g, w),
+            jnp.einsum('bld,blv->dv', x, g))
+  with jax.set_mesh(mesh), rules.use(rules.fsdp_tensor()):
+    for got, exact in zip(found(x, w), wanted, strict=True):
+      np.testing.assert_allclose(got, exact, atol=2e-4)
