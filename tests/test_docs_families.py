@@ -8,6 +8,7 @@ import golden_hf
 import jax
 import jax.numpy as jnp
 import numpy as np
+import published
 import pytest
 
 from models.hf import family as family_lib
@@ -68,6 +69,14 @@ def test_its_table_covers_a_model_that_computes(stablelm):
   params = jax.tree.map(jnp.asarray, integrity.nest(flat))
   logits = made.module(params)(jnp.arange(10).reshape(1, 10))
   assert logits.shape == (1, 10, 40) and bool(jnp.isfinite(logits).all())
+
+
+def test_it_lists_the_named_models_and_no_others():
+  table = re.search(r'\| files of `gin/models` \|\n(.*?)\n\n', _PAGE.read_text(), re.S)
+  assert table is not None
+  # Those of publications that state a shape, but no count of their own.
+  more = {'gpt2_small', 'mpt_125m'}
+  assert set(re.findall(r'`(\w+)`', table[1])) == {*published.MODELS, *more}
 
 
 def test_it_says_what_does_not_fit(stablelm):

@@ -43,9 +43,6 @@ def _whole(name: str) -> str:
 # Those of tests/test_gin_models.py.
 _PUBLISHED = [f'models/{name}.gin' for name in published.MODELS]
 
-# Those of tests/test_gin_objectives.py.
-_WITH_OBJECTIVE = {'models/bert_base.gin', 'models/t5_small.gin'}
-
 # Counted by hand from the architectures: vocabulary, then parameters as tables + layers x
 # (attention + MLP + norms) + last norm (+ head). None leaves the vocabulary to the data.
 _COUNTS = {
@@ -111,7 +108,7 @@ def test_every_file_is_tried_in_some_way():
   assert {'runs/pretrain.gin', _TINY, 'optim/adamw.gin', 'mesh/data.gin'} <= tried
 
 
-@pytest.mark.parametrize('name', sorted({*_in('models')} - {*_PUBLISHED} - _WITH_OBJECTIVE))
+@pytest.mark.parametrize('name', sorted({*_in('models')} - {*_PUBLISHED}))
 def test_model_files_build(monkeypatch, stores, tmp_path, name):
   # A file that others include is no model by itself: one that includes it is tried.
   if name not in _COUNTS:

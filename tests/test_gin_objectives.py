@@ -2,13 +2,10 @@
 
 import pathlib
 
-import jax
 import numpy as np
 import pytest
 import toy
-from flax import nnx
 
-from models.hf import family
 from t5x_like import config, metrics
 
 _GIN = pathlib.Path(__file__).parent.parent / 'gin'
@@ -54,15 +51,3 @@ def test_text_without_sentinels_is_refused_before_anything_is_built(tmp_path, ca
     *(f'--gin.{k}={v}' for k, v in settings.items())]) == 2
   assert 'SpanCorruption needs 1 sentinels for rows of 24 tokens' in capsys.readouterr().err
   assert not (tmp_path / 'run').exists()
-
-
-@pytest.mark.parametrize('name, vocab, count', [
-  # As published: BertForMaskedLM of bert-base-uncased, and t5-small.
-  ('bert_base', 30522, 109_514_298), ('t5_small', 32128, 60_506_624)])
-def test_named_models_have_the_published_parameters_and_settings(name, vocab, count):
-  config.load([f'models/{name}.gin'],
-              ['published.model.model = %MODEL', f'VOCAB_SIZE = {vocab}'], modules=['published'])
-  made = config.call('published.model')
-  shapes = nnx.state(nnx.eval_shape(lambda: made.build(nnx.Rngs(params=0))), nnx.Param)
-  assert sum(x.size for x in jax.tree.leaves(shapes)) == count
-  assert name.split('_')[0] in [found.name for found in family.of_config(made.config)]
