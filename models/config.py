@@ -5,7 +5,9 @@ import difflib
 import types
 from typing import Any, Literal, get_args, get_type_hints
 
-Activation = Literal['gelu', 'gelu_tanh', 'quick_gelu', 'relu', 'silu']
+Activation = Literal['gelu', 'gelu_tanh', 'gelu_10', 'quick_gelu', 'hardswish', 'laplace',
+                     'leaky_relu', 'linear', 'mish', 'relu', 'relu2', 'relu6', 'sigmoid', 'silu',
+                     'sqrtsoftplus', 'tanh']
 Remat = Literal['none', 'full', 'dots', 'dots_no_batch']
 Kernel = Literal['auto', 'reference', 'dot_product', 'splash']
 DType = Literal['float32', 'bfloat16', 'float16']
@@ -70,7 +72,8 @@ class DecoderConfig:
     mlp: hidden width of the MLP, or of one expert.
     out_vocab: entries of the output head; None means `vocab`.
     mlp_form: 'gated' has two input matrices (GLU, arXiv:2002.05202), 'plain' one.
-    activation: the MLP's nonlinearity; 'gelu' is exact, 'gelu_tanh' GPT-2's approximation.
+    activation: the MLP's nonlinearity; 'gelu' is exact, 'gelu_tanh' GPT-2's approximation; the
+      others are `models.layers.ACTIVATIONS`.
     norm: 'rmsnorm' (arXiv:1910.07467) or 'layernorm'.
     norm_eps: added to the mean square or variance.
     norm_offset: added to every stored scale; 1 for Gemma, which stores scale - 1.
@@ -81,7 +84,8 @@ class DecoderConfig:
     position: 'rope' (arXiv:2104.09864), 'alibi' (arXiv:2108.12409), 'relative' (a learned bias per
       bucket of distances, T5, arXiv:1910.10683), 'learned' or 'none'.
     rope_theta: base of the rotary frequencies.
-    rope_fraction: share of head_dim that rotates.
+    rope_fraction: share of head_dim that rotates; an odd number of dims rotates as the even one
+      above it, its frequencies spread over the odd one, as in the reference.
     rope_layout: which dims rotate together: 'halves' as NeoX and Llama, 'neighbours' as GPT-J.
     rope_scaling: for rows longer than those of the first training; None: as they are.
     local_rope_theta: base in layers of kind 'local'; None: as in the others, scaling included.
@@ -174,10 +178,19 @@ class DecoderConfig:
                        f'kv_heads={self.num_kv_heads}')
     if not 0 <= self.dropout < 1:
       raise ValueError(f'DecoderConfig.dropout must be in [0, 1), got {self.dropout}')
-    if not 0 < self.rope_fraction <= 1 or self.rotary_dim % 2:
-      raise ValueError(f'DecoderConfig.rope_fraction={self.rope_fraction} must be in (0, 1] and '
-                       f'rotate an even number of the {self.width_of_head} head dimensions')
+    self._check_rotation()
     self._check_combinations()
+
+  def _check_rotation(self):
+    if self.position != 'rope':
+      return
+    if not 0 < self.rope_fraction <= 1 or not self.rotary_dim:
+      raise ValueError(f'DecoderConfig.rope_fraction={self.rope_fraction} must be in (0, 1] and '
+                       f'rotate some of the {self.width_of_head} head dimensions')
+    odd = self.rotary_dim % 2
+    if odd and (self.rope_layout == 'neighbours' or self.rotary_dim == self.width_of_head):
+      raise ValueError(f'DecoderConfig.rope_fraction={self.rope_fraction} must rotate an even '
+                       f'number of the {self.width_of_head} head dimensions')
 
   def _check_combinations(self):
     if self.position == 'relative' and not 4 <= self.relative_buckets <= self.relative_distance:
@@ -223,8 +236,7 @@ class DecoderConfig:
   @property
   def rotary_dim(self) -> int:
     """Number of head dimensions that rotate."""
-    # A fraction of two integers times its denominator may fall short of the numerator by a bit.
-    return int(self.width_of_head * self.rope_fraction + 1e-6)
+    return int(self.width_of_head * self.rope_fraction)
 
   @property
   def local(self) -> tuple[bool, ...]:

@@ -15,8 +15,14 @@ from partitioning import rules
 
 ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
     'gelu': lambda x: jax.nn.gelu(x, approximate=False), 'gelu_tanh': jax.nn.gelu,
-    'quick_gelu': lambda x: x * jax.nn.sigmoid(1.702 * x), 'relu': jax.nn.relu,
-    'silu': jax.nn.silu,
+    'gelu_10': lambda x: jnp.clip(jax.nn.gelu(x, approximate=False), -10.0, 10.0),
+    'quick_gelu': lambda x: x * jax.nn.sigmoid(1.702 * x), 'hardswish': jax.nn.hard_swish,
+    # Mega's stand-in for a squared relu (arXiv:2209.10655, equation 13), constants as published.
+    'laplace': lambda x: 0.5 * (1.0 + jax.lax.erf((x - 0.707107) / (0.282095 * 2.0**0.5))),
+    'leaky_relu': jax.nn.leaky_relu, 'linear': lambda x: x, 'mish': jax.nn.mish,
+    'relu': jax.nn.relu, 'relu2': lambda x: jnp.square(jax.nn.relu(x)), 'relu6': jax.nn.relu6,
+    'sigmoid': jax.nn.sigmoid, 'silu': jax.nn.silu,
+    'sqrtsoftplus': lambda x: jnp.sqrt(jax.nn.softplus(x)), 'tanh': jnp.tanh,
 }
 
 

@@ -41,7 +41,7 @@ def rotary_table(positions: Int[Array, 'B L'], rotary_dim: int, theta: float,
 
   Args:
     positions: position of each token in its document.
-    rotary_dim: rotating dimensions per head (even); R is half of it.
+    rotary_dim: rotating dimensions per head; R is half of it, rounded up.
     theta: base of the frequencies.
     scaling: for rows longer than those of the first training.
   """

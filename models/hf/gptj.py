@@ -1,5 +1,6 @@
 """GPT-J (Wang & Komatsuzaki 2021): parallel blocks, neighbours rotated, a head with a bias."""
 
+import math
 from typing import Any
 
 from models.config import DecoderConfig
@@ -12,13 +13,17 @@ from models.hf.table import Row, row
 
 def _read(c: Settings) -> DecoderConfig:
   embed, heads = c.get('n_embd'), c.get('n_head')
-  rotary = c.get('rotary_dim', default=None) or embed // heads
+  width = embed // heads
+  rotary = c.get('rotary_dim', default=None) or width
+  fraction = rotary / width
+  # A fraction of two integers times its denominator may fall short of the numerator by a bit.
+  fraction = fraction if int(width * fraction) == rotary else math.nextafter(fraction, 2)
   return DecoderConfig(
       vocab=c.get('vocab_size'), embed=embed, layers=c.get('n_layer'), heads=heads,
       mlp=c.get('n_inner', default=4 * embed), mlp_form='plain', norm='layernorm',
       activation=c.activation('activation_function', default='gelu_new'), block='parallel',
       norm_eps=c.get('layer_norm_epsilon', default=1e-5), max_length=c.get('n_positions'),
-      rope_fraction=rotary / (embed // heads), rope_layout='neighbours',
+      rope_fraction=fraction, rope_layout='neighbours',
       embeddings=c.embeddings(default=False), biases=('mlp', 'norm', 'head'))
 
 

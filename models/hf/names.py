@@ -1,12 +1,12 @@
 """Pieces of name tables and settings that several families share."""
 
-from typing import Any
+from typing import Any, get_args
 
-from models.config import DecoderConfig
+from models.config import Activation, DecoderConfig
 from models.hf.table import Row, fused, row
 
-ACTIVATIONS = {'gelu': 'gelu', 'gelu_tanh': 'gelu_new', 'quick_gelu': 'quick_gelu', 'relu': 'relu',
-         'silu': 'silu'}
+ACTIVATIONS: dict[str, str] = {**{name: name for name in get_args(Activation)},
+                               'gelu_tanh': 'gelu_new'}
 
 
 def linear(theirs: str, ours: str, dims: str, *, bias: bool) -> list[Row]:

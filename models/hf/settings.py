@@ -2,18 +2,18 @@
 
 import math
 from collections.abc import Mapping
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal, TypeVar, get_args
 
-from models.config import RopeScaling
+from models.config import Activation, RopeScaling
 
 T = TypeVar('T')
 _REQUIRED = object()
 
-ACTIVATIONS: dict[str, Any] = {
-    'gelu': 'gelu', 'gelu_new': 'gelu_tanh', 'gelu_fast': 'gelu_tanh',
-    'gelu_pytorch_tanh': 'gelu_tanh', 'quick_gelu': 'quick_gelu', 'relu': 'relu', 'silu': 'silu',
-    'swish': 'silu',
-}
+# Their names of activations; those with parameters of their own (prelu, xielu) are not among them.
+ACTIVATIONS: dict[str, Any] = {name: name for name in get_args(Activation) if name != 'gelu_tanh'}
+ACTIVATIONS |= {'gelu_python': 'gelu', 'swish': 'silu'} | dict.fromkeys(
+    ('gelu_new', 'gelu_fast', 'gelu_accurate', 'gelu_pytorch_tanh', 'gelu_python_tanh'),
+    'gelu_tanh')
 
 # What does not change a logit: bookkeeping, dropout, initialisation, generation.
 HARMLESS = frozenset('''
