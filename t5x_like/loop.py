@@ -85,6 +85,8 @@ class Loop:
     return save or any(hook.due(step, last=False) for hook in self.hooks)
 
   def _between(self, step: int, train_state: Any, *, last: bool) -> None:
+    with self.book.phase('productive'):
+      self._check_params(step, train_state['params'])
     # Hooks come first: a checkpoint then implies that what belongs to its update was recorded.
     for hook in self.hooks:
       if hook.due(step, last=last):
@@ -122,16 +124,22 @@ class Loop:
     values = {name: float(x) for name, x in jax.device_get(dict(found)).items()}
     self.book.step(step)
     self.last = values
-    # Before each hook and each save: what is no number is neither evaluated nor saved.
-    for name, what in (('loss', 'the loss of'), ('param_norm', 'the norm of the parameters after')):
-      if not math.isfinite(values[name]):
-        self.outputs.writer.write(step, values)
-        raise FloatingPointError(
-            f'{what} update {step} is {values[name]} (its loss {values["loss"]}, its gradient norm '
-            f'{values["grad_norm"]}), so its state is not saved; its data: python -m '
-            f't5x_like.inspect --step {step - 1}; lower the learning rate, or resume from an '
-            f'earlier checkpoint')
+    self._check(step, 'the loss of', values['loss'])
     self.outputs.ready(step, values, log=step % self.log_every == 0 or step == 1)
+
+  def _check_params(self, step: int, params: Any) -> None:
+    """Before hooks and saves: the loss is that of the parameters before the update."""
+    self._check(step, 'the norm of the parameters after', float(step_lib.param_norm(params)))
+
+  def _check(self, step: int, what: str, value: float) -> None:
+    if math.isfinite(value):
+      return
+    self.outputs.writer.write(step, self.last)
+    raise FloatingPointError(
+        f'{what} update {step} is {value} (its loss {self.last["loss"]}, its gradient norm '
+        f'{self.last["grad_norm"]}), so its state is not saved; its data: python -m '
+        f't5x_like.inspect --step {step - 1}; lower the learning rate, or resume from an '
+        f'earlier checkpoint')
 
 
 @contextlib.contextmanager

@@ -152,8 +152,7 @@ def make(structure: Structure, optimizer: optax.GradientTransformation, loss: lo
     if ema is not None:
       new['ema'] = optax.incremental_update(params, train_state['ema'], 1 - ema)
     out = {name: total / jnp.maximum(w, 1e-9) for name, (total, w) in metrics.items()}
-    # The loss is that of the old parameters; only this says whether the new ones are numbers.
-    out |= {'grad_norm': optax.tree.norm(grads), 'param_norm': _norm(params), 'tokens': weight}
+    out |= {'grad_norm': optax.tree.norm(grads), 'tokens': weight}
     rate = getattr(optimizer, 'learning_rate', None)
     if rate is not None:
       out['learning_rate'] = jnp.asarray(rate(step), jnp.float32)
@@ -162,8 +161,15 @@ def make(structure: Structure, optimizer: optax.GradientTransformation, loss: lo
   return train_step
 
 
-def _norm(params: Any) -> jax.Array:
-  """Root of the sum of squares, in float32 whatever the parameters are kept in."""
+@jax.jit
+def param_norm(params: Any) -> jax.Array:
+  """Root of the sum of squares, in float32 whatever the parameters are kept in.
+
+  Args:
+    params: tree of arrays.
+  Returns:
+    float32 scalar; not finite when some parameter is not.
+  """
   return jnp.sqrt(sum(jnp.sum(jnp.square(x.astype(jnp.float32))) for x in jax.tree.leaves(params)))
 
 
