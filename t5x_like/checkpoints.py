@@ -17,7 +17,7 @@ from etils import epath
 from jax.experimental import multihost_utils
 from orbax.checkpoint.utils import TMP_DIR_SUFFIX
 
-from t5x_like import integrity
+from t5x_like import chunks, integrity
 
 _COMMIT = 'commit_success.txt'
 
@@ -85,10 +85,12 @@ class Checkpointer:
       tensors[name]['checksum'] = checksum
     manifest = integrity.seal(
         {'format': integrity.FORMAT, 'step': step, 'tensors': tensors, 'extra': extra})
+    tree = integrity.nest(named)
     try:
       self._clean()
       self._writer.save(self.directory / str(step), args=ocp.args.Composite(
-          state=ocp.args.PyTreeSave(integrity.nest(named)), manifest=ocp.args.JsonSave(manifest)))
+          state=ocp.args.PyTreeSave(tree, save_args=jax.tree.map(chunks.save_args, tree)),
+          manifest=ocp.args.JsonSave(manifest)))
     except Exception as error:  # Whatever the file system does, the run goes on.
       self._failed(step, error)
       return False

@@ -103,6 +103,16 @@ def test_import(tmp_path):
   assert rows['import', 'share of what is allowed'] < 100
 
 
+def test_export(tmp_path):
+  rows, _ = _bench(tmp_path, '--only', 'export')
+  count = 2 * 512 * 64 + 64 + 2 * (2 * 64 * 64 + 2 * 64 * 32 + 3 * 64 * 96 + 2 * 64)
+  assert rows['export', 'size'] == pytest.approx(4 * count / 1e6)
+  assert rows['export', 'largest tensor'] == pytest.approx(4 * 512 * 64 / 1e6)
+  assert rows['export', 'largest parameter'] == pytest.approx(4 * 2 * 64 * 96 / 1e6)
+  assert rows['export', 'peak RSS above an idle process'] < 0.999 * rows['export', 'peak RSS']
+  assert rows['export', 'share of what is allowed'] < 100
+
+
 def test_torch_is_left_out_with_a_reason(tmp_path):
   _, printed = _bench(tmp_path, '--only', 'torch')
   assert 'left out: give --torch_python' in printed
@@ -151,7 +161,7 @@ def test_stores_hold_what_was_asked_for(tmp_path):
 
 @pytest.mark.parametrize('flags, message', [
   (['--only', 'stp'],
-   "'stp' is none of startup, data, import, step, loop, torch; did you mean 'step'?"),
+   "'stp' is none of startup, data, import, export, step, loop, torch; did you mean 'step'?"),
   (['--ony', 'step'], "unknown option '--ony'; did you mean '--only'?"),
   (['--dtypes', 'f32'], "'f32' is none of float32, bfloat16"),
   (['--model', 'bnch'], "'bnch' is no file in gin/models; did you mean 'bench'?"),

@@ -1,4 +1,4 @@
-"""Measures this machine, the training step, the loop, the start, the data and imports.
+"""Measures this machine, the training step, the loop, the start, the data, imports and exports.
 
 Prints a table while it measures, as ./scripts/bench does. Sections run in this order, each alone
 if asked for.
@@ -19,6 +19,7 @@ SECTIONS = {
   'startup': 'startup.measure',
   'data': 'data.measure',
   'import': 'interchange.measure',
+  'export': 'interchange.measure_export',
   'step': 'speed.measure_step',
   'loop': 'speed.measure_loop',
   'torch': 'torch_side.measure',

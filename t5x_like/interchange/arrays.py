@@ -11,7 +11,7 @@ import json
 import logging
 import os
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 import jax.numpy as jnp
@@ -24,7 +24,6 @@ from t5x_like import integrity
 
 SLAB = 16 << 20  # bytes converted and written at once
 _IN_FLIGHT = 2
-_WHOLE = 4  # arrays kept whole: as many as one of their tensors is made of, and one more
 
 
 def folder_name(name: str) -> str:
@@ -169,8 +168,11 @@ class Reader:
     self._base: dict[str, Any] = {'driver': 'file', 'path': state}
     if os.path.exists(os.path.join(state, 'manifest.ocdbt')):
       self._base = {'driver': 'ocdbt', 'base': self._base}
+    # Memory that many threads have freed is kept for each of them.
+    self._context = ts.Context({'data_copy_concurrency': {'limit': 1},
+                                'file_io_concurrency': {'limit': 1}})
     self._open: dict[str, Any] = {}
-    self._whole: collections.OrderedDict[str, np.ndarray] = collections.OrderedDict()
+    self._whole: dict[str, np.ndarray] = {}
     self._sums: dict[str, integrity.Pieces] = {}
     self._read: dict[str, set[tuple[int, ...]]] = {}
 
@@ -185,8 +187,8 @@ class Reader:
       kvstore = dict(self._base)
       folder = folder_name(name) + '/'
       kvstore['path'] = kvstore.get('path', '') + folder
-      self._open[name] = ts.open({'driver': 'zarr', 'kvstore': kvstore}, open=True,
-                                 read=True).result()
+      self._open[name] = ts.open({'driver': 'zarr', 'kvstore': kvstore}, open=True, read=True,
+                                 context=self._context).result()
     store = self._open[name]
     if all(n == 1 for n in store.chunk_layout.read_chunk.shape[:len(index)]):
       value = store[index].read().result()
@@ -194,8 +196,6 @@ class Reader:
       # Chunks that hold several layers are decoded once.
       if name not in self._whole:
         self._whole[name] = store.read().result()
-        while len(self._whole) > _WHOLE:
-          self._whole.popitem(last=False)
       value = self._whole[name][index]
     seen = self._read.setdefault(name, set())
     if index not in seen:
@@ -204,6 +204,14 @@ class Reader:
       number = int(np.ravel_multi_index(index, leading)) if index else 0
       self._sums.setdefault(name, integrity.Pieces()).add(value, number * value.size)
     return value
+
+  def keep(self, arrays: Iterable[str]) -> None:
+    """Forgets every array but these, which are about to be read.
+
+    Args:
+      arrays: their names.
+    """
+    self._whole = {name: self._whole[name] for name in arrays if name in self._whole}
 
   def check(self) -> None:
     """Compares the checksums of all that was read, once it was read whole.

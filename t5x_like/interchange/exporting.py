@@ -232,6 +232,7 @@ def _tensors(reader: arrays.Reader, root: str, places: list[table.Place],
   bar = progress.Progress('export', total=sum(one.size for one in planned))
   done = 0
   for place, one in zip(places, planned, strict=False):
+    reader.keep(f'{root}/{part.ours}' for part in place.row.parts)
     values = {part.ours: reader.read(f'{root}/{part.ours}', place.index)
               for part in place.row.parts}
     yield table.to_theirs(place, values, leaves).astype(files.DTYPES[one.dtype], copy=False)
