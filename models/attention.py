@@ -243,7 +243,7 @@ class Attention(nnx.Module):
 
   def __call__(self, x: Float[Array, 'B L D'], *, mask: Mask, rotary: positions.Rotary | None,
                cached: tuple[jax.Array, jax.Array] | None,
-               bias: Float[Array, '#B H L S'] | None = None
+               bias: Float[Array, '#B H L S'] | None = None, depth: Float[Array, ''] | None = None
                ) -> tuple[Float[Array, 'B L D'], tuple[jax.Array, jax.Array] | None]:
     """Self-attention over this row, or over the cache while decoding.
 
@@ -253,11 +253,14 @@ class Attention(nnx.Module):
       rotary: cosine and sine tables, or None.
       cached: keys and values [B, S, G, K] of this layer, or None.
       bias: added to the scores, or None.
+      depth: divides the scores, or None.
     Returns:
       The output and the updated keys and values (None without a cache).
     """
     config = self.config
     q, (k, v) = self._queries(x), self.keys_values(x)
+    if depth is not None:
+      q = (q.astype(jnp.float32) / depth).astype(q.dtype)
     if rotary is not None:
       q, k = (positions.rotate(a, *rotary, layout=config.rope_layout) for a in (q, k))
     if cached is not None:

@@ -89,6 +89,7 @@ class DecoderConfig:
     rope_layout: which dims rotate together: 'halves' as NeoX and Llama, 'neighbours' as GPT-J.
     rope_scaling: for rows longer than those of the first training; None: as they are.
     local_rope_theta: base in layers of kind 'local'; None: as in the others, scaling included.
+    local_rope_scaling: where `local_rope_theta` is set, the scaling of these layers.
     alibi_order: order of the slopes of head counts that are no power of two: 'paper' or 'mpt'.
     alibi_scale: multiplies the slopes; Falcon's is head_dim ** -0.5.
     relative_buckets: of distances, both directions together.
@@ -98,6 +99,7 @@ class DecoderConfig:
     embed_scale: multiplies the embedded tokens; Gemma's is embed ** 0.5.
     biases: which of 'qkv', 'out', 'mlp', 'norm', 'head' carry a bias.
     attention_scale: multiplies queries; None means head_dim ** -0.5.
+    attention_depth: 'inverse' divides the scores of layer 1, 2, ... by 1, 2, ... too.
     attention_softcap: cap of tanh soft capping of attention scores; None disables.
     qk_norm: norm of queries and keys before rotation: per 'head', over 'all' heads, or 'none'.
     clip_qkv: queries, keys and values are clipped to [-clip_qkv, clip_qkv]; None: not.
@@ -137,6 +139,7 @@ class DecoderConfig:
   rope_layout: Literal['halves', 'neighbours'] = 'halves'
   rope_scaling: RopeScaling | None = None
   local_rope_theta: float | None = None
+  local_rope_scaling: RopeScaling | None = None
   alibi_order: Literal['paper', 'mpt'] = 'paper'
   alibi_scale: float = 1.0
   relative_buckets: int = 32
@@ -146,6 +149,7 @@ class DecoderConfig:
   embed_scale: float = 1.0
   biases: tuple[Literal['qkv', 'out', 'mlp', 'norm', 'head'], ...] = ()
   attention_scale: float | None = None
+  attention_depth: Literal['same', 'inverse'] = 'same'
   attention_softcap: float | None = None
   qk_norm: Literal['none', 'head', 'all'] = 'none'
   clip_qkv: float | None = None
@@ -211,10 +215,13 @@ class DecoderConfig:
     if self.embeddings == 'tied' and self.head_vocab != self.vocab:
       raise ValueError(f"DecoderConfig.embeddings='tied' needs out_vocab={self.out_vocab} to be "
                        f'vocab={self.vocab}')
-    scaling = self.rope_scaling
-    if scaling is not None and scaling.kind == 'longrope':
+    if self.local_rope_scaling is not None and self.local_rope_theta is None:
+      raise ValueError('DecoderConfig.local_rope_scaling needs local_rope_theta; without it, local '
+                       'layers rotate as the others')
+    for scaling in (self.rope_scaling, self.local_rope_scaling):
       for name in ('short_factors', 'long_factors'):
-        if len(getattr(scaling, name)) != self.rotary_dim // 2:
+        if (scaling is not None and scaling.kind == 'longrope'
+            and len(getattr(scaling, name)) != self.rotary_dim // 2):
           raise ValueError(f'RopeScaling.{name} has {len(getattr(scaling, name))} factors, but '
                            f'{self.rotary_dim // 2} frequencies rotate')
 

@@ -50,12 +50,14 @@ class Block(nnx.Module):
 
   def __call__(self, x: Float[Array, 'B L D'], *, mask: attention.Mask, rotary: tuple | None,
                cached: tuple | None, key: Key[Array, ''] | None,
-               bias: jax.Array | None = None, memory: attention.Memory | None = None
+               bias: jax.Array | None = None, memory: attention.Memory | None = None,
+               depth: Float[Array, ''] | None = None
                ) -> tuple[Float[Array, 'B L D'], tuple | None, moe.Routed | None]:
     rate, residual = self.config.dropout, self.config.norms == 'residual'
     keys = (None, None) if key is None else jax.random.split(key)
     h = _maybe(self.norm1, x)
-    attended, cached = self.attention(h, mask=mask, rotary=rotary, cached=cached, bias=bias)
+    attended, cached = self.attention(h, mask=mask, rotary=rotary, cached=cached, bias=bias,
+                                      depth=depth)
     if not residual:
       attended = _maybe(self.after1, attended)
     attended = layers.dropout(attended, rate, keys[0])
@@ -142,15 +144,17 @@ def run_layers(config: DecoderConfig, blocks: Block, x: Float[Array, 'B L D'], *
   params = nnx.to_pure_dict(params)
 
   def body(local, x, per_layer):
-    p, past, key, flag, read = per_layer
+    p, past, key, flag, read, depth = per_layer
     local = flag if local is None else local
     seen = None if memory is None else dataclasses.replace(memory, keys_values=read)
     x, *kept = nnx.merge(graphdef, p)(
         x, mask=dataclasses.replace(mask, windowed=local), rotary=_select(tables, local),
-        cached=past, key=key, bias=bias, memory=seen)
+        cached=past, key=key, bias=bias, memory=seen, depth=depth)
     return x, tuple(kept)
 
   read = None if memory is None else memory.keys_values
+  depths = (jnp.arange(1, config.layers + 1, dtype=jnp.float32)
+            if config.attention_depth == 'inverse' else None)
   scanned = config.layer_loop == 'scan'
   if config.remat != 'none':
     body = jax.checkpoint(body, policy=POLICIES[config.remat], prevent_cse=not scanned,
@@ -161,11 +165,11 @@ def run_layers(config: DecoderConfig, blocks: Block, x: Float[Array, 'B L D'], *
     known = kinds.pop() if len(kinds) == 1 else None
     flags = jnp.asarray(config.local) if known is None else None
     return jax.lax.scan(functools.partial(body, known), x,
-                        (params, cached, layer_keys, flags, read))
+                        (params, cached, layer_keys, flags, read, depths))
   outs = []
   for i, p in enumerate(unstack(params)):
-    past, key, seen = jax.tree.map(lambda a, i=i: a[i], (cached, layer_keys, read))
-    x, out = body(config.local[i], x, (p, past, key, None, seen))
+    past, key, seen, depth = jax.tree.map(lambda a, i=i: a[i], (cached, layer_keys, read, depths))
+    x, out = body(config.local[i], x, (p, past, key, None, seen, depth))
     outs.append(out)
   return x, jax.tree.map(lambda *a: jnp.stack(a), *outs)
 

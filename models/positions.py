@@ -31,7 +31,8 @@ def rotary_tables(config: DecoderConfig, positions: Int[Array, 'B L']
   table = rotary_table(positions, config.rotary_dim, config.rope_theta, config.rope_scaling)
   if config.local_rope_theta is None:
     return table, table
-  return table, rotary_table(positions, config.rotary_dim, config.local_rope_theta)
+  return table, rotary_table(positions, config.rotary_dim, config.local_rope_theta,
+                             config.local_rope_scaling)
 
 
 def rotary_table(positions: Int[Array, 'B L'], rotary_dim: int, theta: float,
@@ -111,7 +112,9 @@ def _yarn(plain: np.ndarray, theta: float, scaling: RopeScaling, original: int) 
   if scaling.truncate == 'ends':
     low, high = math.floor(low), math.ceil(high)
   low, high = max(low, 0), min(high, dims - 1)
-  ramp = np.clip((np.arange(len(plain)) - low) / max(high - low, 1e-3), 0, 1)
+  # Where the ramp is a step; where its ends have changed places, as the reference has it.
+  rise = high - low or 1e-3
+  ramp = np.clip((np.arange(len(plain)) - low) / rise, 0, 1)
   return plain / scaling.factor * ramp + plain * (1 - ramp)
 
 

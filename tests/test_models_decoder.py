@@ -197,3 +197,15 @@ def test_a_row_longer_than_the_learned_positions_is_refused():
   definition = toy.model(position='learned', max_length=8)
   with pytest.raises(ValueError, match='row of 9 tokens exceeds max_length=8'):
     definition.build(nnx.Rngs(params=0))(jnp.zeros((1, 9), jnp.int32))
+
+
+@pytest.mark.parametrize('loop', ['scan', 'unroll'])
+def test_scores_divided_by_depth_are_those_of_smaller_queries(loop, batch):
+  said = dict(VARIANTS['gpt'], layers=3, layer_loop=loop)
+  params = params_of(toy.model(**said))
+  found = apply(toy.model(**said, attention_depth='inverse'), params, batch)
+  query = params['layers']['attention']['query']
+  for name in query:
+    query[name] = query[name] / jnp.arange(1.0, 4.0).reshape(3, *[1] * (query[name].ndim - 1))
+  wanted = apply(toy.model(**said), params, batch)
+  np.testing.assert_allclose(found, wanted, atol=1e-5)

@@ -15,6 +15,9 @@ _ALIBI_SCALE = 2.0
 
 
 def _read(c: Settings) -> DecoderConfig:
+  c.assume(vocab_size=65024, hidden_size=4544, num_hidden_layers=32, num_attention_heads=71)
+  # Of the first files; the reference never had the other kind.
+  c.only('apply_residual_connection_post_layernorm', False, default=False)
   embed = c.get('hidden_size', 'n_embed')
   heads = c.get('num_attention_heads', 'n_head')
   new = c.get('new_decoder_architecture', default=False)
@@ -27,7 +30,7 @@ def _read(c: Settings) -> DecoderConfig:
   parallel = c.get('parallel_attn', default=True) or new
   norms = c.get('num_ln_in_parallel_attn', default=2 if new else 1)
   length = c.get('max_position_embeddings', default=2048)
-  rope = {} if alibi else c.rope(head_dim=embed // heads, max_length=length)
+  rope = {} if alibi else c.rope(max_length=length)
   if alibi:
     c.read.update(('rope_parameters', 'rope_theta', 'rope_scaling'))
   return DecoderConfig(

@@ -9,39 +9,46 @@ from models.hf.family import Family
 from models.hf.settings import Settings
 from models.hf.table import Row
 
+_DEFAULTS = {
+    'hidden_size': 2304, 'intermediate_size': 9216, 'num_hidden_layers': 26,
+    'num_attention_heads': 8, 'num_key_value_heads': 4, 'head_dim': 256, 'sliding_window': 4096}
 
-def _read(c: Settings, *, pattern: int, **more: Any) -> DecoderConfig:
-  layers, window = c.get('num_hidden_layers'), c.get('sliding_window', default=4096)
-  c.values['sliding_window'] = window
-  period = c.get('sliding_window_pattern', '_sliding_window_pattern', default=pattern)
-  if c.get('layer_types', default=None) is None:
-    # Older files have the last layer of every period see everything.
-    c.values['layer_types'] = ['sliding_attention' if (i + 1) % period else 'full_attention'
-                               for i in range(layers)]
+
+def _read(c: Settings, *, period: int, **more: Any) -> DecoderConfig:
+  layers = c.get('num_hidden_layers')
+  # Older files have the last layer of every period see everything.
+  kinds = c.get('layer_types', default=[
+      'sliding_attention' if (i + 1) % period else 'full_attention' for i in range(layers)])
   c.only('use_bidirectional_attention', None, False, default=None)
+  # In published files and read by no one.
+  for name in ('hidden_act', 'sliding_window_size', '_sliding_window_pattern'):
+    c.get(name, default=None)
   embed = c.get('hidden_size')
-  c.values.setdefault('head_dim', 256)
   return llama.read(
-      c, activation=c.activation('hidden_activation', 'hidden_act', default='gelu_pytorch_tanh'),
+      c, activation=c.activation('hidden_activation', default='gelu_pytorch_tanh'),
       embeddings=c.embeddings(default=True), embed_scale=embed**0.5, norm_offset=1.0, norms='both',
       attention_scale=c.get('query_pre_attn_scalar', default=256) ** -0.5,
       attention_softcap=c.get('attn_logit_softcapping', default=None),
       logit_softcap=c.get('final_logit_softcapping', default=None),
       biases=('qkv', 'out') if c.get('attention_bias', default=False) else (),
-      **c.windows(layers=layers), **more)
+      **c.windows(kinds, layers=layers), **more)
 
 
 def _read2(c: Settings) -> DecoderConfig:
-  return _read(c, pattern=2)
+  c.assume(**_DEFAULTS, vocab_size=256000, max_position_embeddings=8192,
+           final_logit_softcapping=30.0, attn_logit_softcapping=50.0)
+  return _read(c, period=2)
 
 
 def _read3(c: Settings) -> DecoderConfig:
-  head_dim = c.get('head_dim', default=256)
-  length = c.get('max_position_embeddings', default=131072)
-  rope = c.rope(head_dim=head_dim, max_length=length, kind='full_attention', theta=1e6)
-  nested = (c.get('rope_parameters', default=None) or {}).get('sliding_attention')
-  local = (nested or {}).get('rope_theta') or c.get('rope_local_base_freq', default=1e4)
-  return _read(c, pattern=6, qk_norm='head', local_rope_theta=float(local), **rope)
+  c.assume(**_DEFAULTS, vocab_size=262208, max_position_embeddings=131072)
+  length = c.get('max_position_embeddings')
+  local = c.rope(max_length=length, kind='sliding_attention', theta=1e4,
+                 older=('rope_local_base_freq', 'partial_rotary_factor'))
+  rope = c.rope(max_length=length, kind='full_attention', theta=1e6)
+  return _read(c, period=c.get('sliding_window_pattern', default=6), qk_norm='head',
+               local_rope_theta=local['rope_theta'], local_rope_scaling=local['rope_scaling'],
+               **rope)
 
 
 def _settings(config: DecoderConfig) -> dict[str, Any]:
@@ -58,7 +65,9 @@ def _settings(config: DecoderConfig) -> dict[str, Any]:
   nearest = round(out['query_pre_attn_scalar'])
   if nearest ** -0.5 == scale:
     out['query_pre_attn_scalar'] = nearest
-  return {k: v for k, v in out.items() if k != 'hidden_act'}
+  # The reference makes the mask of a window even where no layer has one.
+  dropped = {'hidden_act'} | ({'sliding_window'} if config.window is None else set())
+  return {k: v for k, v in out.items() if k not in dropped}
 
 
 def _write2(config: DecoderConfig) -> dict[str, Any]:
@@ -74,6 +83,9 @@ def _write3(config: DecoderConfig) -> dict[str, Any]:
 
 def _older3(values: dict[str, Any]) -> dict[str, Any]:
   both = values['rope_parameters']
+  if both['sliding_attention']['rope_type'] != 'default':
+    raise ValueError("gemma3_text's older spelling has no scaling of local layers; write the "
+                     "current one")
   out = names.older_rope({**values, 'rope_parameters': both['full_attention']})
   return {**out, 'rope_local_base_freq': both['sliding_attention']['rope_theta']}
 

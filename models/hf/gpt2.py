@@ -15,15 +15,19 @@ _EVERYWHERE = ('qkv', 'out', 'mlp', 'norm')
 
 
 def _read(c: Settings) -> DecoderConfig:
-  c.only('scale_attn_by_inverse_layer_idx', False, default=False)
+  c.assume(vocab_size=50257, n_embd=768, n_layer=12, n_head=12, n_positions=1024)
   c.only('add_cross_attention', False, default=False)
-  embed = c.get('n_embd')
+  embed = c.get('n_embd', 'hidden_size')
   return DecoderConfig(
-      vocab=c.get('vocab_size'), embed=embed, layers=c.get('n_layer'), heads=c.get('n_head'),
+      vocab=c.get('vocab_size'), embed=embed, layers=c.get('n_layer', 'num_hidden_layers'),
+      heads=c.get('n_head', 'num_attention_heads'),
       mlp=c.get('n_inner', default=4 * embed), mlp_form='plain', norm='layernorm',
       activation=c.activation('activation_function', default='gelu_new'), position='learned',
-      norm_eps=c.get('layer_norm_epsilon', default=1e-5), max_length=c.get('n_positions'),
+      norm_eps=c.get('layer_norm_epsilon', default=1e-5),
+      max_length=c.get('n_positions', 'max_position_embeddings'),
       embeddings=c.embeddings(default=True), biases=_EVERYWHERE,
+      attention_depth=c.choice('scale_attn_by_inverse_layer_idx', default=False, yes='inverse',
+                               no='same'),
       attention_scale=c.choice('scale_attn_weights', default=True, yes=None, no=1.0))
 
 
@@ -34,6 +38,7 @@ def _write(config: DecoderConfig) -> dict[str, Any]:
           'activation_function': names.ACTIVATIONS[config.activation],
           'layer_norm_epsilon': config.norm_eps,
           'scale_attn_weights': config.attention_scale is None,
+          'scale_attn_by_inverse_layer_idx': config.attention_depth == 'inverse',
           'tie_word_embeddings': config.embeddings == 'tied'}
 
 
@@ -63,13 +68,16 @@ def _rows(config: DecoderConfig) -> list[Row]:
 
 
 def _read_bark(c: Settings) -> DecoderConfig:
+  c.assume(input_vocab_size=10048, output_vocab_size=10048, hidden_size=768, num_layers=12,
+           num_heads=12, block_size=1024)
   embed = c.get('hidden_size')
   biases = _EVERYWHERE if c.get('bias', default=True) else ()
   return DecoderConfig(
-      vocab=c.get('input_vocab_size'), out_vocab=c.get('output_vocab_size'), embed=embed,
-      layers=c.get('num_layers'), heads=c.get('num_heads'), mlp=4 * embed, mlp_form='plain',
+      vocab=c.get('input_vocab_size', 'vocab_size'), out_vocab=c.get('output_vocab_size'),
+      embed=embed, layers=c.get('num_layers', 'num_hidden_layers'),
+      heads=c.get('num_heads', 'num_attention_heads'), mlp=4 * embed, mlp_form='plain',
       norm='layernorm', norm_eps=1e-5, activation='gelu', position='learned',
-      max_length=c.get('block_size'), embeddings='untied', biases=biases)
+      max_length=c.get('block_size', 'window_size'), embeddings='untied', biases=biases)
 
 
 def _write_bark(config: DecoderConfig) -> dict[str, Any]:

@@ -11,6 +11,11 @@ from models.hf.table import Row, row
 
 
 def _read(c: Settings) -> DecoderConfig:
+  c.assume(vocab_size=50432, hidden_size=6144, num_hidden_layers=44, num_attention_heads=64,
+           intermediate_size=24576)
+  # Files of transformers 4 repeat two settings under these names, which it does not read.
+  for name in ('rope_theta', 'partial_rotary_factor'):
+    c.get(name, default=None)
   embed, heads = c.get('hidden_size'), c.get('num_attention_heads')
   length = c.get('max_position_embeddings', default=2048)
   biases = ('qkv', 'out') if c.get('attention_bias', default=True) else ()
@@ -21,7 +26,7 @@ def _read(c: Settings) -> DecoderConfig:
       norm_eps=c.get('layer_norm_eps', default=1e-5), biases=(*biases, 'mlp', 'norm'),
       block=c.choice('use_parallel_residual', default=True, yes='parallel_norms', no='serial'),
       embeddings=c.embeddings(default=False),
-      **c.rope(head_dim=embed // heads, max_length=length, fraction=0.25))
+      **c.rope(max_length=length, fraction=0.25, older=('rotary_emb_base', 'rotary_pct')))
 
 
 def _write(config: DecoderConfig) -> dict[str, Any]:

@@ -12,17 +12,22 @@ from models.hf.table import Row, row
 
 
 def _read(c: Settings) -> DecoderConfig:
-  embed, heads = c.get('n_embd'), c.get('n_head')
+  c.assume(vocab_size=50400, n_embd=4096, n_layer=28, n_head=16, n_positions=2048, rotary_dim=64)
+  # Of the published file; the reference always scales.
+  c.only('scale_attn_weights', True, default=True)
+  embed, heads = c.get('n_embd', 'hidden_size'), c.get('n_head', 'num_attention_heads')
   width = embed // heads
   rotary = c.get('rotary_dim', default=None) or width
   fraction = rotary / width
   # A fraction of two integers times its denominator may fall short of the numerator by a bit.
   fraction = fraction if int(width * fraction) == rotary else math.nextafter(fraction, 2)
   return DecoderConfig(
-      vocab=c.get('vocab_size'), embed=embed, layers=c.get('n_layer'), heads=heads,
+      vocab=c.get('vocab_size'), embed=embed, heads=heads,
+      layers=c.get('n_layer', 'num_hidden_layers'),
       mlp=c.get('n_inner', default=4 * embed), mlp_form='plain', norm='layernorm',
       activation=c.activation('activation_function', default='gelu_new'), block='parallel',
-      norm_eps=c.get('layer_norm_epsilon', default=1e-5), max_length=c.get('n_positions'),
+      norm_eps=c.get('layer_norm_epsilon', default=1e-5),
+      max_length=c.get('n_positions', 'max_position_embeddings'),
       rope_fraction=fraction, rope_layout='neighbours',
       embeddings=c.embeddings(default=False), biases=('mlp', 'norm', 'head'))
 

@@ -11,22 +11,26 @@ from models.hf.table import Row
 
 
 def read(c: Settings, **more: Any) -> DecoderConfig:
-  """Settings of a Llama, and of those who differ from it by `more`."""
+  """Settings of a Llama, and of those who differ from it by `more` and by what they assume."""
   heads, embed = c.get('num_attention_heads'), c.get('hidden_size')
+  kv_heads = c.get('num_key_value_heads', default=heads)
   head_dim = c.get('head_dim', default=None) or embed // heads
   length = c.get('max_position_embeddings', default=2048)
   biases = tuple(more.pop('biases', ()))
+  rope = {} if 'rope_theta' in more else c.rope(max_length=length)
   return DecoderConfig(**{
       'vocab': c.get('vocab_size'), 'embed': embed, 'layers': c.get('num_hidden_layers'),
-      'heads': heads, 'kv_heads': c.get('num_key_value_heads', default=heads),
+      'heads': heads, 'kv_heads': kv_heads,
       'head_dim': head_dim, 'mlp': c.get('intermediate_size'),
       'activation': c.activation('hidden_act', default='silu'), 'norm': 'rmsnorm',
       'norm_eps': c.get('rms_norm_eps', default=1e-6), 'max_length': length,
       'embeddings': c.embeddings(default=False), 'biases': biases,
-      **c.rope(head_dim=head_dim, max_length=length), **more})
+      **rope, **more})
 
 
 def _read(c: Settings) -> DecoderConfig:
+  c.assume(vocab_size=32000, hidden_size=4096, intermediate_size=11008, num_hidden_layers=32,
+           num_attention_heads=32)
   biases = ('qkv', 'out') if c.get('attention_bias', default=False) else ()
   biases += ('mlp',) if c.get('mlp_bias', default=False) else ()
   return read(c, biases=biases)

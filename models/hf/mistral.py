@@ -10,7 +10,17 @@ from models.hf.settings import Settings
 
 
 def _read(c: Settings) -> DecoderConfig:
-  return llama.read(c, **c.windows(layers=c.get('num_hidden_layers'), default='local'))
+  c.assume(vocab_size=32000, hidden_size=4096, intermediate_size=14336, num_hidden_layers=32,
+           num_attention_heads=32, num_key_value_heads=8, max_position_embeddings=131072,
+           sliding_window=4096)
+  return llama.read(c, **windows(c))
+
+
+def windows(c: Settings) -> dict[str, Any]:
+  """The window of every layer; as in the reference, whatever `layer_types` says."""
+  c.get('layer_types', default=None)
+  layers = c.get('num_hidden_layers')
+  return c.windows(['sliding_attention'] * layers, layers=layers)
 
 
 def _write(config: DecoderConfig) -> dict[str, Any]:

@@ -4,21 +4,21 @@ from typing import Any
 
 from models.config import DecoderConfig
 from models.decoder import DecoderLM
-from models.hf import llama, names
+from models.hf import llama, mistral, names
 from models.hf.family import Family
 from models.hf.settings import Settings
 from models.hf.table import Row, fused, row
 
 
 def _read(c: Settings) -> DecoderConfig:
-  head_dim = c.get('head_dim', default=None) or c.get('hidden_size') // c.get('num_attention_heads')
+  c.assume(vocab_size=32000, hidden_size=4096, intermediate_size=14336, num_hidden_layers=32,
+           num_attention_heads=32, num_key_value_heads=8)
   length = c.get('max_position_embeddings', default=131072)
   return llama.read(
       c, experts=c.get('num_local_experts', 'num_experts', default=8), max_length=length,
       experts_per_token=c.get('num_experts_per_tok', default=2),
       norm_eps=c.get('rms_norm_eps', default=1e-5),
-      **c.rope(head_dim=head_dim, max_length=length, theta=1e6),
-      **c.windows(layers=c.get('num_hidden_layers'), default='local'))
+      **c.rope(max_length=length, theta=1e6), **mistral.windows(c))
 
 
 def _write(config: DecoderConfig) -> dict[str, Any]:

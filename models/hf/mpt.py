@@ -6,31 +6,36 @@ from models.config import DecoderConfig
 from models.decoder import DecoderLM
 from models.hf import names
 from models.hf.family import Family
-from models.hf.settings import Settings
+from models.hf.settings import HARMLESS, Settings
 from models.hf.table import Row, row
 
 # What transformers' implementation leaves alone, whatever its config.json says.
-_IGNORED = ('attn_config', 'expansion_ratio', 'no_bias', 'norm_type', 'learned_pos_emb')
+_IGNORED = ('no_bias', 'norm_type', 'learned_pos_emb')
+# Dropout, kernels, and what needs an input that no one gives; a nested config.json has its own.
+_HARMLESS = frozenset({'attn_pdrop', 'attn_impl', 'attn_uses_sequence_id'}) | HARMLESS
 
 
 def _read(c: Settings) -> DecoderConfig:
   c.read.update(_IGNORED)
+  c.assume(vocab_size=50368, d_model=2048, n_layers=24, n_heads=16)
   c.only('logit_scale', None, default=None)
   c.only('expansion_ratio', 4, default=4)
-  embed = c.get('d_model')
-  attention = Settings(c.get('attn_config', default={}), f'{c.where}: attn_config')
+  embed = c.get('d_model', 'hidden_size')
+  attention = c.inside('attn_config')
+  attention.read.update(_HARMLESS)
   attention.only('alibi', True, default=True)
   attention.only('alibi_bias_max', 8, default=8)
   attention.only('qk_ln', False, default=False)
   attention.only('prefix_lm', False, default=False)
   attention.only('attn_type', 'multihead_attention', default='multihead_attention')
   return DecoderConfig(
-      vocab=c.get('vocab_size'), embed=embed, layers=c.get('n_layers'), heads=c.get('n_heads'),
+      vocab=c.get('vocab_size'), embed=embed, layers=c.get('n_layers', 'num_hidden_layers'),
+      heads=c.get('n_heads', 'num_attention_heads'),
       mlp=4 * embed, mlp_form='plain', activation='gelu', norm='layernorm',
       norm_eps=c.get('layer_norm_epsilon', default=1e-5), position='alibi', alibi_order='mpt',
       max_length=c.get('max_seq_len', default=2048), embeddings=c.embeddings(default=True),
       attention_scale=attention.get('softmax_scale', default=None),
-      clip_qkv=attention.get('clip_qkv', default=None))
+      clip_qkv=attention.get('clip_qkv', default=None) or None)
 
 
 def _write(config: DecoderConfig) -> dict[str, Any]:

@@ -104,14 +104,20 @@ def llama_settings(config: DecoderConfig) -> dict[str, Any]:
           'tie_word_embeddings': config.embeddings == 'tied', 'rope_parameters': rope(config)}
 
 
+def without_usual_width(values: dict[str, Any], config: DecoderConfig) -> dict[str, Any]:
+  """Settings without head_dim where it is hidden_size / num_attention_heads."""
+  usual = config.width_of_head * config.heads == config.embed
+  return {name: value for name, value in values.items() if name != 'head_dim' or not usual}
+
+
 def rope(config: DecoderConfig, *, local: bool = False) -> dict[str, Any]:
   """Our rotary settings as `rope_parameters`."""
-  if local:
-    return {'rope_type': 'default', 'rope_theta': config.local_rope_theta or config.rope_theta}
-  out: dict[str, Any] = {'rope_type': 'default', 'rope_theta': config.rope_theta}
+  theta, scaling = config.rope_theta, config.rope_scaling
+  if local and config.local_rope_theta is not None:
+    theta, scaling = config.local_rope_theta, config.local_rope_scaling
+  out: dict[str, Any] = {'rope_type': 'default', 'rope_theta': theta}
   if config.rope_fraction != 1:
     out['partial_rotary_factor'] = config.rope_fraction
-  scaling = config.rope_scaling
   if scaling is None:
     return out
   out['rope_type'] = scaling.kind

@@ -11,15 +11,15 @@ from models.hf.table import Row
 
 
 def _read(c: Settings) -> DecoderConfig:
+  c.assume(vocab_size=50304, hidden_size=4096, intermediate_size=11008, num_hidden_layers=32,
+           num_attention_heads=32, rms_norm_eps=1e-5)
   biases = ('qkv', 'out') if c.get('attention_bias', default=False) else ()
   return llama.read(c, biases=biases, norms='branch', qk_norm='all')
 
 
 def _write(config: DecoderConfig) -> dict[str, Any]:
   names.require(config, 'olmo2', norms='branch', qk_norm='all')
-  settings = names.llama_settings(config)
-  if settings.pop('head_dim') * config.heads != config.embed:
-    raise ValueError('olmo2 has head_dim = hidden_size / num_attention_heads')
+  settings = names.without_usual_width(names.llama_settings(config), config)
   return {**settings, 'attention_bias': 'qkv' in config.biases}
 
 

@@ -4,21 +4,36 @@ from typing import Any
 
 from models.config import DecoderConfig
 from models.decoder import DecoderLM
-from models.hf import llama, names
+from models.hf import llama, mistral, names
 from models.hf.family import Family
 from models.hf.settings import Settings
 from models.hf.table import Row, fused
 
+# What the first files call it; 'yarn' never meant YaRN here.
+_LONG = {'su': 'longrope', 'yarn': 'longrope'}
+
 
 def _read(c: Settings) -> DecoderConfig:
-  return llama.read(c, **c.windows(layers=c.get('num_hidden_layers'), default='local'))
+  c.assume(vocab_size=32064, hidden_size=3072, intermediate_size=8192, num_hidden_layers=32,
+           num_attention_heads=32, max_position_embeddings=4096, rms_norm_eps=1e-5,
+           original_max_position_embeddings=4096)
+  for name in ('attention_bias', 'mlp_bias', 'lm_head_bias'):
+    c.only(name, False, default=False)
+  # Of the same files; the reference has no such settings.
+  for name in ('full_attn_mod', 'interpolate_factor'):
+    c.only(name, 1, default=1)
+  for name in ('rope_parameters', 'rope_scaling'):
+    found = c.get(name, default=None)
+    if found is not None:
+      c.values[name] = {key: _LONG.get(value, value) if key in ('type', 'rope_type') else value
+                        for key, value in found.items()}
+  rope = c.rope(max_length=c.get('max_position_embeddings'), fraction=1.0)
+  return llama.read(c, **rope, **mistral.windows(c))
 
 
 def _write(config: DecoderConfig) -> dict[str, Any]:
   names.require(config, 'phi3', biases=())
-  settings = names.llama_settings(config)
-  if settings.pop('head_dim') * config.heads != config.embed:
-    raise ValueError('phi3 has head_dim = hidden_size / num_attention_heads')
+  settings = names.without_usual_width(names.llama_settings(config), config)
   scaling = config.rope_scaling
   if scaling is not None and scaling.original_length is not None:
     settings['original_max_position_embeddings'] = scaling.original_length

@@ -9,25 +9,30 @@ from models.hf import llama, names
 from models.hf.family import Family
 from models.hf.settings import Settings
 
+_DEFAULTS = {
+    'vocab_size': 151936, 'hidden_size': 4096, 'intermediate_size': 22016, 'num_hidden_layers': 32,
+    'num_attention_heads': 32, 'num_key_value_heads': 32, 'max_position_embeddings': 32768,
+    'sliding_window': 4096, 'max_window_layers': 28}
+
 
 def _windows(c: Settings) -> dict[str, Any]:
-  layers, used = c.get('num_hidden_layers'), c.get('use_sliding_window', default=False)
-  start = c.get('max_window_layers', default=layers)
-  if used and c.get('layer_types', default=None) is None:
-    # Older files say from which layer on the window holds.
-    kinds = ['full_attention' if i < start else 'sliding_attention' for i in range(layers)]
-    c.values['layer_types'] = kinds
-  return c.windows(layers=layers, used=used)
+  layers = c.get('num_hidden_layers')
+  # Older files say from which layer on the window holds.
+  start = c.get('max_window_layers', default=28)
+  kinds = c.get('layer_types', default=[
+      'full_attention' if i < start else 'sliding_attention' for i in range(layers)])
+  return c.windows(kinds, layers=layers,
+                   holds=c.choice('use_sliding_window', default=False, yes='said', no='never'))
 
 
 def _read2(c: Settings) -> DecoderConfig:
+  c.assume(**_DEFAULTS)
   return llama.read(c, biases=('qkv',), **_windows(c))
 
 
 def _read3(c: Settings) -> DecoderConfig:
+  c.assume(**_DEFAULTS, head_dim=128)
   biases = ('qkv', 'out') if c.get('attention_bias', default=False) else ()
-  # Where the file is silent, 128 is what the reference takes.
-  c.values.setdefault('head_dim', 128)
   return llama.read(c, biases=biases, qk_norm='head', **_windows(c))
 
 
@@ -40,9 +45,7 @@ def _window_settings(config: DecoderConfig) -> dict[str, Any]:
 
 def _write2(config: DecoderConfig) -> dict[str, Any]:
   names.require(config, 'qwen2', biases=('qkv',), qk_norm='none')
-  settings = names.llama_settings(config)
-  if settings.pop('head_dim') * config.heads != config.embed:
-    raise ValueError('qwen2 has head_dim = hidden_size / num_attention_heads')
+  settings = names.without_usual_width(names.llama_settings(config), config)
   return {**settings, **_window_settings(config)}
 
 

@@ -71,8 +71,10 @@ def verify(hf_dir: str, checkpoint: str, *, step: int | None = None) -> dict[str
     raise ValueError(f'{found.family.name} has an encoder and a decoder; verify compares models of '
                      f'one stack')
   config = folder.computing_in('float32', found.config)
-  vocab = found.values['vocab_size']
-  ids = np.random.default_rng(_SEED).integers(3, vocab, (_ROWS, _LENGTH)).astype(np.int32)
+  stack = getattr(config, 'stack', config)
+  length = min(_LENGTH, stack.max_length)
+  ids = np.random.default_rng(_SEED).integers(min(3, stack.vocab - 1), stack.vocab,
+                                              (_ROWS, length)).astype(np.int32)
   wanted = _theirs(found.path, kind, torch, ids)
   compared = {'import': difference(_ours(found.family.model(config=config), checkpoint, step, ids),
                                    wanted)}

@@ -101,7 +101,7 @@ def configuration(read: Settings, unknown: Unknown = 'refuse') -> tuple[family_l
   config = family.read(read)
   left = read.unread()
   if left:
-    listed = ', '.join(f'{name}={read.values[name]!r}' for name in left)
+    listed = ', '.join(f'{name}={read.said(name)!r}' for name in left)
     if unknown == 'refuse':
       raise ValueError(f'{read.where}: {family.name} does not know {listed}; they may change what '
                        f'the model computes. If they do not, pass --unknown=ignore')
