@@ -1,6 +1,7 @@
 """Whole trees of parameters to and from tensors, and everything that can be wrong with a file."""
 
 import difflib
+import re
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -12,6 +13,8 @@ from models.hf.family import Family
 from models.hf.files import Stored
 
 FLOATS = ('F64', 'F32', 'F16', 'BF16')
+# Buffers that files of older versions carry, of any family.
+_BUFFERS = re.compile(r'(^|\.)(\w*rotary\w*\.(inv_freq|(cos|sin)_cached)|position_ids)$')
 
 
 def match(family: Family, rows: Sequence[table.Row], leaves: Mapping[str, table.Leaf],
@@ -33,7 +36,7 @@ def match(family: Family, rows: Sequence[table.Row], leaves: Mapping[str, table.
   problems = []
   for name in stored:
     canonical = family.canonical(name)
-    if canonical is None:
+    if canonical is None or _BUFFERS.search(canonical):
       continue
     if canonical in names:
       problems.append(f'{names[canonical]} and {name} are the same parameter')
@@ -44,8 +47,8 @@ def match(family: Family, rows: Sequence[table.Row], leaves: Mapping[str, table.
   extra = [name for name in extra if not _is_copy(name, expected, names, stored)]
   problems += [f'missing: {name} {list(expected[name].shape)}{_near(name, extra)}'
                for name in missing]
-  problems += [f'unexpected: {names[name]} {list(stored[names[name]].shape)}{_near(name, missing)}'
-               for name in extra]
+  problems += [f'unexpected: {names[name]} {list(stored[names[name]].shape)}'
+               f'{_untied(name, expected, names) or _near(name, missing)}' for name in extra]
   for name in sorted(expected.keys() & names.keys()):
     found = stored[names[name]]
     if found.shape != expected[name].shape:
@@ -66,18 +69,28 @@ _COPIES = {('lm_head.weight', 'embed_out.weight', 'embed_tokens.weight', 'decode
            'embed/embedding', ('decoder.bias',): 'head_bias'}
 
 
+def _originals(name: str, expected: Mapping[str, table.Place], names: Mapping[str, str]
+               ) -> list[str]:
+  """What an unexpected tensor may be tied to, by its name."""
+  return [other for endings, ours in _COPIES.items() if name.endswith(endings)
+          for other, place in expected.items()
+          if place.row.parts[0].ours.endswith(ours) and other in names]
+
+
 def _is_copy(name: str, expected: Mapping[str, table.Place], names: Mapping[str, str],
              stored: Mapping[str, Stored]) -> bool:
   """Whether an unexpected head holds the same numbers as the parameter it is tied to."""
   found = stored[names[name]]
-  for endings, ours in _COPIES.items():
-    originals = [other for other, place in expected.items()
-                 if place.row.parts[0].ours.endswith(ours) and other in names]
-    if name.endswith(endings) and any(
-        found.shape == stored[names[other]].shape and np.array_equal(
-            found.read(), stored[names[other]].read()) for other in originals):
-      return True
-  return False
+  return any(found.shape == stored[names[other]].shape
+             and {found.dtype, stored[names[other]].dtype} <= set(FLOATS)
+             and np.array_equal(found.read(), stored[names[other]].read())
+             for other in _originals(name, expected, names))
+
+
+def _untied(name: str, expected: Mapping[str, table.Place], names: Mapping[str, str]) -> str:
+  tied = _originals(name, expected, names)
+  return (f'; config.json ties it to {names[tied[0]]}, but they differ: set tie_word_embeddings to '
+          f'false where the model has both') if tied else ''
 
 
 def _near(name: str, others: Sequence[str]) -> str:

@@ -72,13 +72,15 @@ def settings(path: str) -> Settings:
   """
   where = os.path.join(path, CONFIG)
   try:
-    with open(where, encoding='utf-8') as file:
+    with open(where, encoding='utf-8-sig') as file:
       values = json.load(file)
-  except FileNotFoundError:
+  except (FileNotFoundError, NotADirectoryError):
     what = f'no {CONFIG} in it' if os.path.isdir(path) else 'no such folder'
     raise ValueError(f'{path}: {what}; give the folder that holds {CONFIG} and the '
                      f'.safetensors files') from None
-  except ValueError as error:
+  except OSError as error:
+    raise ValueError(f'{where} cannot be read: {error.strerror}') from None
+  except (ValueError, RecursionError) as error:
     raise ValueError(f'{where} is not JSON: {error}') from None
   if not isinstance(values, dict):
     raise ValueError(f'{where} must hold a JSON object, got {type(values).__name__}')
@@ -97,8 +99,18 @@ def configuration(read: Settings, unknown: Unknown = 'refuse') -> tuple[family_l
   """
   if unknown not in ('refuse', 'ignore'):
     raise ValueError(f"unknown={unknown!r}; allowed: 'refuse', 'ignore'")
+  if not isinstance(read.values.get('model_type', ''), str):
+    raise ValueError(f'{read.where}: model_type must be a name, got {read.values["model_type"]!r}')
   family = family_lib.of_settings(read.values, read.where)
-  config = family.read(read)
+  try:
+    config = family.read(read)
+  except ValueError as error:
+    if read.where in str(error):
+      raise
+    raise ValueError(f'{read.where}: {error}') from None
+  except (ArithmeticError, AttributeError, LookupError, TypeError) as error:
+    raise ValueError(f'{read.where}: a setting that a {family.name} needs is missing or of the '
+                     f'wrong kind ({type(error).__name__}: {error})') from None
   left = read.unread()
   if left:
     listed = ', '.join(f'{name}={read.said(name)!r}' for name in left)
@@ -120,12 +132,29 @@ def load(path: str, unknown: Unknown = 'refuse') -> Folder:
   """
   path = os.path.abspath(os.path.expanduser(path))
   read = settings(path)
+  quantised = read.values.get('quantization_config')
+  if quantised:
+    method = quantised.get('quant_method') if isinstance(quantised, dict) else quantised
+    raise ValueError(f'{read.where}: the weights are quantised (quantization_config, method '
+                     f'{method!r}), which no table reads; import the model they were made from')
   family, config = configuration(read, unknown)
-  stored = files.tensors(path)
+  stored = _whole_names(family, config, files.tensors(path))
   kinds = {s.dtype for s in stored.values()}
   # Computing follows the file: what was trained in bfloat16 runs in it.
   config = computing_in('bfloat16' if 'BF16' in kinds else 'float32', config)
   return Folder(path, family, config, read.values, stored)
+
+
+def _whole_names(family: family_lib.Family, config: Any, stored: dict[str, files.Stored]
+                 ) -> dict[str, files.Stored]:
+  """Tensors by the names a whole model has, where a model without its head was saved."""
+  first = {row.theirs.format(layer=row.first, expert=0) for row in family.rows(config)}
+  tops = [name.partition('.')[0] for name in first]
+  top = max(tops, key=tops.count)
+  if any((family.canonical(name) or '').startswith(f'{top}.') for name in stored):
+    return stored
+  whole = {name if name in first else f'{top}.{name}': one for name, one in stored.items()}
+  return whole if any(name.startswith(f'{top}.') for name in whole.keys() & first) else stored
 
 
 def computing_in(dtype: str, config: Any) -> Any:
