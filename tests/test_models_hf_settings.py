@@ -1,5 +1,6 @@
 """What a `config.json` says, or leaves unsaid, of each decoder: hyper-parameters of any size."""
 
+import dataclasses
 from typing import Any
 
 import jax.numpy as jnp
@@ -157,6 +158,14 @@ def test_qwen_s_window_holds_from_a_layer_on_where_it_is_used():
 def test_gemma_reads_the_activation_that_its_reference_reads():
   assert read('gemma2', hidden_act='relu').activation == 'gelu_tanh'
   assert read('gemma2', hidden_act='relu', hidden_activation='silu').activation == 'silu'
+
+
+def test_gemma_3_caps_no_score_as_its_reference():
+  assert read('gemma3_text', attn_logit_softcapping=2.0).attention_softcap is None
+  assert read('gemma3_text', final_logit_softcapping=2.0).logit_softcap == 2.0
+  capped = dataclasses.replace(read('gemma3_text'), attention_softcap=2.0)
+  with pytest.raises(ValueError, match='gemma3_text has attention_softcap=None'):
+    family_lib.of_settings({'model_type': 'gemma3_text'}).write(capped)
 
 
 def test_neox_reads_base_and_share_under_its_own_older_names():

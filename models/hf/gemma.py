@@ -28,7 +28,6 @@ def _read(c: Settings, *, period: int, **more: Any) -> DecoderConfig:
       c, activation=c.activation('hidden_activation', default='gelu_pytorch_tanh'),
       embeddings=c.embeddings(default=True), embed_scale=embed**0.5, norm_offset=1.0, norms='both',
       attention_scale=c.get('query_pre_attn_scalar', default=256) ** -0.5,
-      attention_softcap=c.get('attn_logit_softcapping', default=None),
       logit_softcap=c.get('final_logit_softcapping', default=None),
       biases=('qkv', 'out') if c.get('attention_bias', default=False) else (),
       **c.windows(kinds, layers=layers), **more)
@@ -37,11 +36,13 @@ def _read(c: Settings, *, period: int, **more: Any) -> DecoderConfig:
 def _read2(c: Settings) -> DecoderConfig:
   c.assume(**_DEFAULTS, vocab_size=256000, max_position_embeddings=8192,
            final_logit_softcapping=30.0, attn_logit_softcapping=50.0)
-  return _read(c, period=2)
+  return _read(c, period=2, attention_softcap=c.get('attn_logit_softcapping', default=None))
 
 
 def _read3(c: Settings) -> DecoderConfig:
   c.assume(**_DEFAULTS, vocab_size=262208, max_position_embeddings=131072)
+  # The reference has the setting, and never applies it.
+  c.get('attn_logit_softcapping', default=None)
   length = c.get('max_position_embeddings')
   local = c.rope(max_length=length, kind='sliding_attention', theta=1e4,
                  older=('rope_local_base_freq', 'partial_rotary_factor'))
@@ -76,7 +77,7 @@ def _write2(config: DecoderConfig) -> dict[str, Any]:
 
 
 def _write3(config: DecoderConfig) -> dict[str, Any]:
-  names.require(config, 'gemma3_text', qk_norm='head')
+  names.require(config, 'gemma3_text', qk_norm='head', attention_softcap=None)
   return {**_settings(config), 'rope_parameters': {
       'full_attention': names.rope(config), 'sliding_attention': names.rope(config, local=True)}}
 
