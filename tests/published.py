@@ -58,6 +58,7 @@ def _bark(printed: str, layers: int, embed: int) -> Published:
 
 
 MODELS = {
+  'gpt2_small': Published(50257, 124_439_808, _CARD),
   # What the table calls 350M has 356M by its own layers and width.
   'gpt3_125m': _gpt3('125M', 12, 768), 'gpt3_350m': _gpt3('', 24, 1024),
   'gpt3_760m': _gpt3('760M', 24, 1536), 'gpt3_1b3': _gpt3('1.3B', 24, 2048),
