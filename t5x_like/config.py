@@ -16,7 +16,7 @@ import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
-from t5x_like import checks, commandline, failures, ginfiles, names, wiring
+from t5x_like import checks, commandline, distributed, failures, ginfiles, names, wiring
 
 try:
   from gin import config as gin
@@ -386,13 +386,14 @@ def run(
     if given.action == 'help':
       print(commandline.usage(module, flags or {}, sys.modules['__main__'].__doc__))
       return 0
+    distributed.initialize()  # Before a user's module can touch a device.
     load(given.files, given.bindings, given.search_paths, modules=given.modules)
     _Active.command = shlex.join(['python', '-m', module, *argv])
     call(target, action=given.action, **given.extra)
     return 0
   except KeyboardInterrupt:
     print('interrupted', file=sys.stderr)
-    return 130
+    return distributed.leave(130)
   except Exception as error:
     users = {s.module.partition('.')[0] for s in (_Active.loaded.imports if _Active.loaded else ())}
-    return failures.report(error, show=show, ours=frozenset({*_OURS, *users}))
+    return distributed.leave(failures.report(error, show=show, ours=frozenset({*_OURS, *users})))

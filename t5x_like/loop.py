@@ -11,6 +11,7 @@ from concurrent import futures
 from typing import Any
 
 import jax
+from jax.experimental import multihost_utils
 
 from t5x_like import checkpoints, ledger
 from t5x_like import step as step_lib
@@ -67,7 +68,7 @@ class Loop:
           if pending is not None:
             self._read(*pending)
         pending = (step + 1, found)
-        last = step + 1 == steps or self.stop.is_set()
+        last = self._stops(step + 1) or step + 1 == steps
         if last or self._interrupts(step + 1):
           with book.phase('productive'):
             self._read(*pending)
@@ -79,6 +80,12 @@ class Loop:
       with book.phase('checkpoint'):
         self.checkpointer.finish(int(train_state['step']), train_state, extra=self._extra())
     return train_state, self.last
+
+  def _stops(self, step: int) -> bool:
+    """Whether SIGTERM ends the run here; several processes agree on the update."""
+    if jax.process_count() > 1 and multihost_utils.reached_preemption_sync_point(step):
+      self.stop.set()
+    return self.stop.is_set()
 
   def _interrupts(self, step: int) -> bool:
     save = self.checkpointer is not None and step % self.checkpointer.every == 0
@@ -145,7 +152,8 @@ class Loop:
 @contextlib.contextmanager
 def _on_sigterm(stop: threading.Event) -> Iterator[None]:
   """Turns SIGTERM into a flag the loop reads after each update."""
-  if threading.current_thread() is not threading.main_thread():
+  # Of several processes, JAX takes the signal, whichever it reaches, and tells the others.
+  if jax.process_count() > 1 or threading.current_thread() is not threading.main_thread():
     yield
     return
   previous = signal.signal(signal.SIGTERM, lambda *unused: stop.set())
