@@ -161,6 +161,23 @@ def test_a_damaged_checkpoint_is_not_exported(tmp_path):
   assert os.listdir(tmp_path) == ['ours']
 
 
+def test_values_too_large_for_float16_are_refused_all_at_once(tmp_path):
+  model, trees = _own(tmp_path)
+  large = jax.tree.map(lambda x: x, trees['params'])
+  for name in ('norm', 'head'):
+    large[name] = jax.tree.map(lambda x: x.at[0].set(1e6), large[name])
+  with checkpoints.Checkpointer(tmp_path / 'run', every=1, mode='sync') as keeper:
+    keeper.save(4, {'params': large}, extra={})
+  with pytest.raises(ValueError, match='--dtype=bf16 or f32 has the range') as error:
+    exporting.export(str(tmp_path / 'run'), out=str(tmp_path / 'out'), model=model, dtype='f16',
+                     family='llama')
+  assert 'model.norm.weight: 1 values that are NaN or infinite as F16' in str(error.value)
+  assert 'lm_head.weight: 32 values' in str(error.value)
+  assert os.listdir(tmp_path) == ['run']
+  exporting.export(str(tmp_path / 'run'), out=str(tmp_path / 'out'), model=model, dtype='bf16',
+                   family='llama')
+
+
 def test_sizes_are_read():
   assert [safetensors.size(t) for t in ('7', '20KB', '1.5GB', ' 3mb ')] == [
       7, 20_000, 1_500_000_000, 3_000_000]

@@ -137,6 +137,55 @@ def test_dtype_is_that_of_the_files_unless_asked_for(tmp_path):
       assert keeper.restore(abstract) is not None
 
 
+class _Kill(BaseException):
+  """Stands for a kill: nothing catches it."""
+
+
+def _tree(folder: pathlib.Path) -> dict[str, bytes]:
+  # Orbax writes the time of the checkpoint into the rest.
+  return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob('*')
+          if path.is_file() and not path.name.startswith(('_', 'commit_success'))}
+
+
+# Places of the end, where a tree of files is moved in several steps.
+@pytest.mark.parametrize('name, number', [
+    ('rename', 0), ('rename', 5), ('rmdir', 0), ('rename', -1)])
+def test_an_import_that_is_killed_while_it_ends_goes_on(tmp_path, monkeypatch, name, number):
+  whole = _tree(pathlib.Path(importing.import_folder(str(_LLAMA), out=str(tmp_path / 'whole'))))
+  real, out = getattr(os, name), tmp_path / 'out'
+  arrays_there = sum(path.endswith('.zarray') for path in whole)
+  at, calls = number if number >= 0 else arrays_there, []
+  def killed(*args, **kwargs):
+    ours = sys._getframe(1).f_globals['__name__'].startswith('t5x_like')
+    if ours and len(calls) == at:
+      raise _Kill
+    calls.extend([args] * ours)
+    return real(*args, **kwargs)
+  with monkeypatch.context() as patch, pytest.raises(_Kill):
+    patch.setattr(os, name, killed)
+    importing.import_folder(str(_LLAMA), out=str(out))
+  assert not out.exists()
+  importing.import_folder(str(_LLAMA), out=str(out))
+  assert _tree(out) == whole and sorted(os.listdir(tmp_path)) == ['out', 'whole']
+
+
+def test_a_full_disk_is_told_in_one_message_and_costs_no_finished_tensor(
+    tmp_path, monkeypatch, capsys):
+  full = ValueError('RESOURCE_EXHAUSTED: Error writing "x": No space left on device '
+                    "[os_error_code='28']")
+  def frame(*args, **kwargs):
+    raise full
+  with monkeypatch.context() as patch:
+    patch.setattr(arrays, 'frame', frame)
+    assert _import(str(_LLAMA), '--out', str(tmp_path / 'out')) == 2
+  printed = capsys.readouterr().err
+  assert 'Traceback' not in printed and (
+      f'error: the import into {tmp_path / "out"} ended: No space left on device. Mend that, then '
+      f'run the same command again') in printed
+  assert _import(str(_LLAMA), '--out', str(tmp_path / 'out')) == 0
+  assert 'going on after 21 of 21 tensors' in capsys.readouterr().err
+
+
 _KILLED = """
 import os, signal, sys
 from t5x_like.interchange import importing

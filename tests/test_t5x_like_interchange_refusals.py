@@ -13,7 +13,7 @@ import toy
 
 from models.hf import files
 from t5x_like import checkpoints, config
-from t5x_like.interchange import arguments, importing, safetensors
+from t5x_like.interchange import arguments, exporting, importing, safetensors
 
 _NAME = 'llama2_gqa'
 
@@ -68,6 +68,14 @@ def test_a_tensor_that_is_not_finite_is_named(theirs, value):
   _rewrite(theirs, change)
   _refused(theirs, r'model.safetensors: model.layers.1.mlp.down_proj.weight holds 1 values that '
                    'are NaN or infinite')
+
+
+def test_all_tensors_that_are_not_finite_are_listed(theirs):
+  names = [f'model.layers.{i}.input_layernorm.weight' for i in range(2)]
+  _rewrite(theirs, lambda tensors: tensors.update(
+      {name: np.full((32,), np.nan, np.float32) for name in names}))
+  text = _refused(theirs, 'holds 32 values')
+  assert all(f'{name} holds 32 values that are NaN' in text for name in names)
 
 
 def test_a_value_too_large_for_the_dtype_asked_for_is_named(theirs):
@@ -254,6 +262,18 @@ def test_an_existing_target_is_never_touched(theirs, tmp_path):
   with pytest.raises(ValueError, match='out exists already'):
     importing.import_folder(str(theirs), out=str(tmp_path / 'out'))
   assert os.listdir(tmp_path / 'out') == []
+
+
+def test_a_folder_of_anyone_elses_is_never_removed(theirs, tmp_path):
+  ours = importing.import_folder(str(theirs), out=str(tmp_path / 'ours'))
+  mine = tmp_path / 'out.partial' / 'mine'
+  mine.parent.mkdir()
+  mine.write_text('mine')
+  for convert in (lambda out: importing.import_folder(str(theirs), out=out),
+                  lambda out: exporting.export(ours, out=out)):
+    with pytest.raises(ValueError, match='out.partial .* no conversion left it: move it away'):
+      convert(str(tmp_path / 'out'))
+  assert mine.read_text() == 'mine'
 
 
 @pytest.mark.parametrize('argv, message', [

@@ -124,8 +124,11 @@ def frame(target: str, *, arrays: str, manifest: Mapping[str, Any]) -> None:
 
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
-  """Keeps Orbax from warning that there is no OCDBT store to merge: none is wanted."""
-  log, unwanted = logging.getLogger('absl'), lambda record: 'OCDBT' not in record.getMessage()
+  """Keeps Orbax from warning that there is no OCDBT store to merge, and from telling errors twice.
+  """
+  log = logging.getLogger('absl')
+  unwanted = lambda record: not any(
+      word in record.getMessage() for word in ('OCDBT', '_SignalingThread'))
   log.addFilter(unwanted)
   try:
     yield
@@ -183,6 +186,20 @@ class Reader:
       name: of the array, with '/'.
       index: into its leading axes.
     """
+    try:
+      value = self._value(name, index)
+    except ValueError as error:
+      raise ValueError(f'checkpoint {self.path} is damaged: {name} cannot be read: '
+                       f'{" ".join(str(error).split())[:500]}') from None
+    seen = self._read.setdefault(name, set())
+    if index not in seen:
+      seen.add(index)
+      leading = tuple(self.tensors[name]['shape'][:len(index)])
+      number = int(np.ravel_multi_index(index, leading)) if index else 0
+      self._sums.setdefault(name, integrity.Pieces()).add(value, number * value.size)
+    return value
+
+  def _value(self, name: str, index: tuple[int, ...]) -> np.ndarray:
     if name not in self._open:
       kvstore = dict(self._base)
       folder = folder_name(name) + '/'
@@ -191,19 +208,11 @@ class Reader:
                                  context=self._context).result()
     store = self._open[name]
     if all(n == 1 for n in store.chunk_layout.read_chunk.shape[:len(index)]):
-      value = store[index].read().result()
-    else:
-      # Chunks that hold several layers are decoded once.
-      if name not in self._whole:
-        self._whole[name] = store.read().result()
-      value = self._whole[name][index]
-    seen = self._read.setdefault(name, set())
-    if index not in seen:
-      seen.add(index)
-      leading = tuple(self.tensors[name]['shape'][:len(index)])
-      number = int(np.ravel_multi_index(index, leading)) if index else 0
-      self._sums.setdefault(name, integrity.Pieces()).add(value, number * value.size)
-    return value
+      return store[index].read().result()
+    # Chunks that hold several layers are decoded once.
+    if name not in self._whole:
+      self._whole[name] = store.read().result()
+    return self._whole[name][index]
 
   def keep(self, arrays: Iterable[str]) -> None:
     """Forgets every array but these, which are about to be read.

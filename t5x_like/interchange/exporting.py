@@ -1,5 +1,6 @@
 """A checkpoint becomes a folder in Hugging Face format, one tensor in memory at a time."""
 
+import contextlib
 import dataclasses
 import itertools
 import json
@@ -24,6 +25,8 @@ from t5x_like.interchange import arrays, folder, importing, safetensors
 DType = Literal['as_imported', 'f32', 'bf16', 'f16']
 Which = Literal['params', 'ema', 'evaluated']
 _DTYPES = {'f32': 'F32', 'bf16': 'BF16', 'f16': 'F16'}
+_BLOCK = 1 << 20
+_MARK = '.exporting'  # says that an unfinished folder is ours
 _TORCH = {'F64': 'float64', 'F32': 'float32', 'F16': 'float16', 'BF16': 'bfloat16'}
 # Harmless, but about the weights that were: what is written decides them.
 _OURS = {'dtype', 'torch_dtype', 'model_type', 'architectures', 'quantization_config', 'auto_map',
@@ -74,26 +77,37 @@ def export(checkpoint: str, *, out: str, model: Any = None, dtype: DType = 'as_i
   places = list(table.places(chosen.rows(config), leaves))
   constants = chosen.constants(config)
   planned = _plan(places, constants, dtype=dtype, imported=imported)
-  work = f'{out}.partial'
-  shutil.rmtree(work, ignore_errors=True)
-  os.makedirs(work)
-  try:
+  values = settings(chosen, config, original, dtype=planned[0].dtype, spelling=spelling)
+  ended = folder.told(f'the export into {out}', after='run the same command again')
+  with ended, _target(out) as work:
     written = safetensors.write(
         work, planned, _tensors(reader, root, places, planned, leaves, constants),
         shard_size=limit)
     reader.check()
     if original:
       folder.keep_files(kept, work)
-    values = settings(chosen, config, original, dtype=planned[0].dtype, spelling=spelling)
     with open(os.path.join(work, folder.CONFIG), 'w', encoding='utf-8') as file:
       json.dump(values, file, indent=2, sort_keys=True)
       file.write('\n')
-    os.rename(work, out)
-  finally:
-    shutil.rmtree(work, ignore_errors=True)
   print(f'exported {len(planned)} tensors as {chosen.name} in {len(written)} file'
         f'{"s" * (len(written) > 1)} to {out}', file=sys.stderr)
   return out
+
+
+@contextlib.contextmanager
+def _target(out: str) -> Iterator[str]:
+  """A folder to write into, which becomes `out` at the end, or disappears."""
+  work = f'{out}.partial'
+  folder.discard(work, _MARK)
+  os.makedirs(work)
+  try:
+    with open(os.path.join(work, _MARK), 'w', encoding='utf-8'):
+      pass
+    yield work
+    os.rename(work, out)
+    os.remove(os.path.join(out, _MARK))
+  finally:
+    shutil.rmtree(work, ignore_errors=True)
 
 
 def able(config: Any) -> dict[str, family_lib.Family]:
@@ -230,13 +244,32 @@ def _tensors(reader: arrays.Reader, root: str, places: list[table.Place],
              planned: list[safetensors.Planned], leaves: Mapping[str, table.Leaf],
              constants: Mapping[str, np.ndarray]) -> Iterator[np.ndarray]:
   bar = progress.Progress('export', total=sum(one.size for one in planned))
-  done = 0
+  done, broken = 0, []
   for place, one in zip(places, planned, strict=False):
     reader.keep(f'{root}/{part.ours}' for part in place.row.parts)
     values = {part.ours: reader.read(f'{root}/{part.ours}', place.index)
               for part in place.row.parts}
-    yield table.to_theirs(place, values, leaves).astype(files.DTYPES[one.dtype], copy=False)
+    with np.errstate(over='ignore'):  # What overflows is counted as infinite.
+      tensor = table.to_theirs(place, values, leaves).astype(files.DTYPES[one.dtype], copy=False)
+    count = not_finite(tensor)
+    if count:
+      broken.append(f'{one.name}: {count} values that are NaN or infinite as {one.dtype}')
+    yield tensor
     done += one.size
     bar.update(done)
   bar.close()
+  if broken:
+    wider = '; --dtype=bf16 or f32 has the range' if 'F16' in {p.dtype for p in planned} else ''
+    raise ValueError(f'{reader.path} cannot be written as asked{wider}:\n  ' + '\n  '.join(broken))
   yield from constants.values()
+
+
+def not_finite(tensor: np.ndarray) -> int:
+  """How many values are NaN or infinite, found without as much memory again.
+
+  Args:
+    tensor: contiguous, of a float dtype.
+  """
+  flat = tensor.reshape(-1)
+  return sum(int(np.count_nonzero(~np.isfinite(flat[at:at + _BLOCK])))
+             for at in range(0, flat.size, _BLOCK))

@@ -1,11 +1,14 @@
 """A folder in Hugging Face format: its settings, its family, its tensors, its other files."""
 
+import contextlib
 import dataclasses
 import hashlib
 import json
 import os
+import re
 import shutil
 import sys
+from collections.abc import Iterator
 from typing import Any, Literal
 
 from models.hf import family as family_lib
@@ -60,6 +63,52 @@ def keep_files(source: str, target: str) -> None:
   for name in KEPT:
     if os.path.isfile(os.path.join(source, name)):
       shutil.copyfile(os.path.join(source, name), os.path.join(target, name))
+
+
+def discard(work: str, mark: str) -> None:
+  """Removes what an interrupted conversion left; a folder of anyone else's is refused.
+
+  Args:
+    work: the folder, which need not exist.
+    mark: name of the file in it that says that it is ours.
+  Raises:
+    ValueError: it is not empty, and the file is not there.
+  """
+  if not os.path.lexists(work):
+    return
+  there = os.listdir(work) if os.path.isdir(work) else [work]
+  if there and mark not in there:
+    raise ValueError(f'{work} is needed for what is not finished, but it is there and no '
+                     f'conversion left it: move it away, or give another --out')
+  for name in there:
+    path = os.path.join(work, name)
+    if os.path.isdir(path) and not os.path.islink(path):
+      shutil.rmtree(path)
+    elif name != mark:
+      os.remove(path)
+  # Last, so that what a kill leaves of this still has it.
+  shutil.rmtree(work)
+
+
+@contextlib.contextmanager
+def told(what: str, *, after: str) -> Iterator[None]:
+  """Says of an error of the disk what it ended and how to go on.
+
+  Args:
+    what: what was being done.
+    after: what to do once the disk is mended.
+  Raises:
+    OSError: instead of those of Python and of TensorStore.
+  """
+  try:
+    yield
+  except Exception as error:
+    text = ' '.join(str(error).split())
+    found = re.search(r'[^:]*(?= \[os_error_code)', text)
+    if not isinstance(error, OSError) and found is None:
+      raise
+    raise OSError(f'{what} ended: {found[0].strip() if found else text}. Mend that, then {after}'
+                  ) from None
 
 
 def settings(path: str) -> Settings:

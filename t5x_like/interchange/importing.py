@@ -6,7 +6,6 @@ one rename. The checkpoint is step 0 of `<out>`, as a run's is step N of its dir
 
 import json
 import os
-import shutil
 import sys
 from collections.abc import Mapping
 from typing import Any, Literal
@@ -69,12 +68,14 @@ def import_folder(hf_dir: str, *, out: str, mesh: Mesh | None = None,
   rows = found.family.layout(found.config, found.stored)
   pairs = tree.match(found.family, rows, leaves, found.stored)
   job = _Job(out, found, leaves, pairs, structure=structure, dtype=dtype)
+  on = 'run the same command again, which goes on where this one ended'
   try:
-    job.write()
+    with folder.told(f'the import into {out}', after=on):
+      job.write()
+      job.finish()
   except NotFinite:
-    shutil.rmtree(job.work, ignore_errors=True)
+    folder.discard(job.work, _JOURNAL)
     raise
-  job.finish()
   total = sum(found.stored[name].size for _, name in pairs)
   print(f'imported {len(pairs)} tensors, {total / 1e6:,.1f} MB, of a {found.family.name} into '
         f'{out}', file=sys.stderr)
@@ -95,6 +96,7 @@ class _Job:
     self.source = found.fingerprint(dtype=dtype, shards=self.shards)
     self.sums = {path: integrity.Pieces() for path in leaves}
     self.writers: dict[str, arrays.Writer] = {}
+    self.broken: list[str] = []
 
   def write(self) -> None:
     """Writes every tensor that has not been written before."""
@@ -108,11 +110,15 @@ class _Job:
         if name in done:
           continue
         sums = self._write(place, name)
+        if self.broken:
+          continue  # Nothing of it will be kept, but all that is broken is told.
         journal.write(json.dumps({'tensor': name, 'sums': sums}) + '\n')
         journal.flush()
         seen += stored[name].size
         bar.update(seen)
     bar.close()
+    if self.broken:
+      raise NotFinite('\n'.join(self.broken))
 
   def _write(self, place: table.Place, name: str) -> dict[str, tuple[int, int]]:
     """Writes one tensor; returns what it adds to the checksums of our parameters."""
@@ -125,9 +131,9 @@ class _Job:
       writer.write(place.index, value, sums)
       writer.flush()
       if sums.not_finite:
-        raise NotFinite(f'{self.found.stored[name].path}: {name} holds {sums.not_finite} values '
-                        f'that are NaN or infinite as {self.dtypes[path]}; the file is damaged, or '
-                        f'the model diverged')
+        self.broken.append(f'{self.found.stored[name].path}: {name} holds {sums.not_finite} values '
+                           f'that are NaN or infinite as {self.dtypes[path]}; the file is damaged, '
+                           f'or the model diverged')
       added[path] = sums.sums
       self._add(path, sums.sums)
     return added
@@ -152,15 +158,17 @@ class _Job:
         # A line that was cut by a kill is a tensor to write again.
         lines = [json.loads(line) for line in file if line.endswith('\n')]
     if not lines or lines[0].get('source') != self.source:
-      shutil.rmtree(self.work, ignore_errors=True)
-      os.makedirs(os.path.join(self.work, _ARRAYS))
+      folder.discard(self.work, _JOURNAL)
+      os.makedirs(self.work)
       lines = [{'source': self.source}]
     else:
+      os.makedirs(os.path.join(self.work, _ARRAYS), exist_ok=True)
       arrays.unframe(os.path.join(self.work, _STEP), arrays=os.path.join(self.work, _ARRAYS))
       print(f'import: going on after {len(lines) - 1} of {len(self.pairs)} tensors',
             file=sys.stderr)
     with open(path, 'w', encoding='utf-8') as file:
       file.writelines(json.dumps(line) + '\n' for line in lines)
+    os.makedirs(os.path.join(self.work, _ARRAYS), exist_ok=True)
     done = {line['tensor']: line['sums'] for line in lines[1:]}
     for sums in done.values():
       for ours, pair in sums.items():
@@ -188,8 +196,9 @@ class _Job:
       file.write(modelfile.text(found.family.model(config=found.config), about=(
           f'A {found.family.name}, imported from {os.path.basename(found.path)}.')))
     os.rmdir(os.path.join(work, _ARRAYS))
-    os.remove(os.path.join(work, _JOURNAL))
     os.rename(work, self.out)
+    # After the rename: without it, what a kill leaves would not be known as ours.
+    os.remove(os.path.join(self.out, _JOURNAL))
 
 
 def _dtypes(found: folder.Folder, pairs: list[tuple[table.Place, str]], dtype: DType

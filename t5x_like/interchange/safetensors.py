@@ -80,6 +80,8 @@ def write(folder: str, planned: Sequence[Planned], tensors: Iterable[np.ndarray]
         file.write(tensor.reshape(-1).view(np.uint8).data)
       file.flush()
       os.fsync(file.fileno())
+  for left in source:  # Lets the source end, which may refuse what it has given.
+    raise AssertionError(left)
   if count > 1:
     where = {one.name: name for name, shard in zip(names, shards, strict=True) for one in shard}
     with open(os.path.join(folder, files.INDEX), 'w', encoding='utf-8') as file:
