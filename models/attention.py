@@ -32,6 +32,8 @@ class Mask:
     window: slots a query sees, its own included; None: all.
     windowed: whether the window holds: a python bool, or [] bool where layers of both kinds are
       scanned over.
+    prefix: [B, S] int32, above 0 for keys of a prefix, which the order hides from no query of their
+      segment (prefix LM, T5, arXiv:1910.10683, section 3.2.1); None: there is none.
   """
 
   queries: Int[Array, 'B L'] | None
@@ -40,16 +42,19 @@ class Mask:
   order: Literal['causal', 'any'] = 'causal'
   window: int | None = None
   windowed: bool | Bool[Array, ''] = False
+  prefix: Int[Array, 'B S'] | None = None
 
   def dense(self, length: int, keys: int) -> Bool[Array, '#B 1 L S']:
     """The mask as booleans: the order, the window, and within one segment."""
     ahead = (jnp.arange(length, dtype=jnp.int32)[:, None] + self.offset
              - jnp.arange(keys, dtype=jnp.int32)[None, :])
     allowed = ahead >= 0 if self.order == 'causal' else jnp.ones((length, keys), bool)
-    if self.window is not None and self.windowed is not False:
-      near = jnp.abs(ahead) < self.window
-      allowed &= near if self.windowed is True else near | ~jnp.asarray(self.windowed)
     allowed = allowed[None, None]
+    if self.prefix is not None:
+      allowed = allowed | (self.prefix > 0)[:, None, None, :]
+    if self.window is not None and self.windowed is not False:
+      near = (jnp.abs(ahead) < self.window)[None, None]
+      allowed &= near if self.windowed is True else near | ~jnp.asarray(self.windowed)
     if self.queries is None or self.keys is None:
       return allowed
     return allowed & (self.queries[:, None, :, None] == self.keys[:, None, None, :])
@@ -57,8 +62,9 @@ class Mask:
   @property
   def plain(self) -> bool:
     """Whether it is no more than causal over a row, perhaps with a fixed window."""
-    return (self.queries is None and self.order == 'causal' and isinstance(self.offset, int)
-            and self.offset == 0 and isinstance(self.windowed, bool))
+    return (self.queries is None and self.order == 'causal' and self.prefix is None
+            and isinstance(self.offset, int) and self.offset == 0
+            and isinstance(self.windowed, bool))
 
   @property
   def fixed_window(self) -> int | None:
@@ -160,10 +166,10 @@ weighted.defvjp(_weighted_forward, _weighted_backward)
 
 def alibi_bias(mask: Mask, length: int, keys: int, slopes: Float[Array, ' H']
                ) -> Float[Array, '1 H L S']:
-  """slope x (key slot - query slot): zero on the diagonal, more negative further back."""
+  """-slope x |key slot - query slot|: zero on the diagonal, more negative further away."""
   q_slot = jnp.arange(length, dtype=jnp.int32)[:, None] + mask.offset
-  distance = (jnp.arange(keys, dtype=jnp.int32)[None, :] - q_slot).astype(jnp.float32)
-  return slopes.reshape(1, -1, 1, 1) * distance[None, None]
+  distance = jnp.abs(jnp.arange(keys, dtype=jnp.int32)[None, :] - q_slot).astype(jnp.float32)
+  return -slopes.reshape(1, -1, 1, 1) * distance[None, None]
 
 
 def choose(kernel: Kernel, *, length: int, keys: int, mask: Mask, bias: bool = False,
@@ -175,7 +181,8 @@ def choose(kernel: Kernel, *, length: int, keys: int, mask: Mask, bias: bool = F
   if not isinstance(mask.windowed, bool):
     return 'reference'
   if backend == 'tpu' and length == keys and length % 128 == 0 and not bias:
-    return 'splash' if mask.order == 'causal' and isinstance(mask.offset, int) else 'reference'
+    causal = mask.order == 'causal' and mask.prefix is None
+    return 'splash' if causal and isinstance(mask.offset, int) else 'reference'
   return 'dot_product' if backend == 'gpu' and length > 1 and softcap is None else 'reference'
 
 
@@ -203,10 +210,11 @@ def attend(q: Float[Array, 'B L H K'], k: Float[Array, 'B S G K'], v: Float[Arra
   chosen = choose(kernel, length=length, keys=keys, mask=mask, bias=bias is not None,
                   softcap=softcap)
   if chosen == 'splash':
-    if (bias is not None or mask.order != 'causal' or not isinstance(mask.offset, int)
-        or not isinstance(mask.windowed, bool)):
-      raise ValueError("kernel='splash' has no bias such as ALiBi, no decoding, and no layers of "
-                       "both kinds in one scan; use kernel='auto', or layer_loop='unroll'")
+    if (bias is not None or mask.order != 'causal' or mask.prefix is not None
+        or not isinstance(mask.offset, int) or not isinstance(mask.windowed, bool)):
+      raise ValueError("kernel='splash' has no bias such as ALiBi, no prefix that is seen in both "
+                       "directions, no decoding, and no layers of both kinds in one scan; use "
+                       "kernel='auto', or layer_loop='unroll'")
     return splash.attend(q * jnp.asarray(scale, q.dtype), k, v, mask.queries,
                          window=mask.fixed_window, softcap=softcap)
   if chosen == 'dot_product':

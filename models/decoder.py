@@ -198,6 +198,7 @@ class Decoder(nnx.Module):
 
   def __call__(self, inputs: Int[Array, 'B L'], *, positions: Int[Array, 'B L'] | None = None,
                segment_ids: Int[Array, 'B L'] | None = None,
+               prefix: Int[Array, 'B L'] | None = None,
                dropout_key: Key[Array, ''] | None = None) -> Float[Array, 'B L V']:
     """Logits of the next token at every place.
 
@@ -205,15 +206,18 @@ class Decoder(nnx.Module):
       inputs: token ids in [0, vocab).
       positions: position of each token in its document; None counts from the row's start.
       segment_ids: document of each token (0 is padding); tokens attend only within their own.
+      prefix: above 0 for the tokens at the beginning of a document that all of it attends to, those
+        before them too; None: tokens attend to those before them alone.
       dropout_key: None disables dropout.
     Returns:
       float32 logits.
     """
-    return self._whole(inputs, positions, segment_ids, dropout_key)[0]
+    return self._whole(inputs, positions, segment_ids, dropout_key, prefix)[0]
 
   def logits_and_router(self, inputs: Int[Array, 'B L'], *,
                         positions: Int[Array, 'B L'] | None = None,
                         segment_ids: Int[Array, 'B L'] | None = None,
+                        prefix: Int[Array, 'B L'] | None = None,
                         dropout_key: Key[Array, ''] | None = None
                         ) -> tuple[Float[Array, 'B L V'], moe.Routed]:
     """What a call returns, and what the routers of all layers decided.
@@ -222,6 +226,7 @@ class Decoder(nnx.Module):
       inputs: as in a call.
       positions: as in a call.
       segment_ids: as in a call.
+      prefix: as in a call.
       dropout_key: as in a call.
     Raises:
       ValueError: the configuration has no experts.
@@ -229,17 +234,17 @@ class Decoder(nnx.Module):
     if self.config.experts is None:
       raise ValueError('the model has no router: DecoderConfig.experts is None; set it, or leave '
                        'balance_loss and router_z_loss at 0')
-    logits, _, routed = self._whole(inputs, positions, segment_ids, dropout_key)
+    logits, _, routed = self._whole(inputs, positions, segment_ids, dropout_key, prefix)
     return logits, routed
 
-  def _whole(self, inputs, positions, segment_ids, dropout_key):
+  def _whole(self, inputs, positions, segment_ids, dropout_key, prefix):
     _check_length(self.config, inputs.shape[1])
-    mask = attention.Mask(segment_ids, segment_ids, window=self.config.window)
+    mask = attention.Mask(segment_ids, segment_ids, window=self.config.window, prefix=prefix)
     return self._run(inputs, positions, mask, None, dropout_key)
 
   def decode(self, inputs: Int[Array, 'B L'], past: cache.Cache, *,
-             positions: Int[Array, 'B L'], segment_ids: Int[Array, 'B L']
-             ) -> tuple[Float[Array, 'B L V'], cache.Cache]:
+             positions: Int[Array, 'B L'], segment_ids: Int[Array, 'B L'],
+             prefix: Int[Array, 'B L'] | None = None) -> tuple[Float[Array, 'B L V'], cache.Cache]:
     """Appends `inputs` to the cache and returns their logits; prefill is the same with L > 1.
 
     Args:
@@ -247,11 +252,16 @@ class Decoder(nnx.Module):
       past: keys and values so far.
       positions: their positions.
       segment_ids: 1 for real tokens, 0 for padding.
+      prefix: above 0 for tokens that all of `inputs` attend to; a prefix must come whole.
     Returns:
       Logits and the longer cache.
     """
-    segments = jax.lax.dynamic_update_slice_in_dim(past.segments, segment_ids, past.index, 1)
-    mask = attention.Mask(segment_ids, segments, past.index, window=self.config.window)
+    update = jax.lax.dynamic_update_slice_in_dim
+    segments = update(past.segments, segment_ids, past.index, 1)
+    if prefix is not None:
+      prefix = update(jnp.zeros_like(segments), prefix, past.index, 1)
+    mask = attention.Mask(segment_ids, segments, past.index, window=self.config.window,
+                          prefix=prefix)
     logits, stacked, _ = self._run(inputs, positions, mask, (past.key, past.value), None)
     keys, values = stacked
     return logits, cache.Cache(keys, values, segments, past.index + inputs.shape[1])

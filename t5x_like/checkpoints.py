@@ -35,7 +35,6 @@ class Checkpointer:
       keep: how many of the newest checkpoints stay, >= 1.
       keep_every: checkpoints at multiples of this many steps stay for ever; None: none do.
       mode: 'async': save returns once the state is copied to the host; 'sync': once it is on disk.
-
     Raises:
       ValueError: a number is below 1, or an unknown mode.
     """
@@ -63,10 +62,8 @@ class Checkpointer:
       state: tree of arrays.
       extra: JSON values stored in the same checkpoint.
       force: save even if the step is no multiple of `every`.
-
     Returns:
       Whether a checkpoint was started (sync: written). False: not due, already there, or failed.
-
     Raises:
       ValueError: a leaf is no array, or `extra` is not JSON.
     """
@@ -108,7 +105,6 @@ class Checkpointer:
       step: finished steps.
       state: tree of arrays.
       extra: JSON values stored in the same checkpoint.
-
     Raises:
       OSError: it could not be written, nor at a second attempt.
     """
@@ -133,10 +129,8 @@ class Checkpointer:
     Args:
       abstract_state: tree of jax.ShapeDtypeStruct with shardings (or of arrays).
       step: this one only; None: the newest good one.
-
     Returns:
       (step, state, extra), or None where the directory holds no checkpoint.
-
     Raises:
       ValueError: the step does not exist, the checkpoint belongs to another model (all differences
         are listed), or no checkpoint is good.
@@ -229,14 +223,18 @@ def load_params(path: epath.PathLike, abstract_params: Any, *, step: int | None 
       dtype other than the saved one is cast after verification.
     step: this one only; None: the newest good one.
     which: the weights being trained, their average, or ('evaluated') the average if there is one.
-
   Returns:
     The parameters as a tree like `abstract_params`.
-
   Raises:
     ValueError: no checkpoint there, none good, or tensors missing, left over or of another shape
       (all listed, with the nearest names).
   """
+  return load_weights(path, abstract_params, step=step, which=which)[1]
+
+
+def load_weights(path: epath.PathLike, abstract_params: Any, *, step: int | None = None,
+                 which: str = 'params') -> tuple[int, Any]:
+  """As `load_params`, behind the step of the checkpoint that was read."""
   trees = {'params': ('params',), 'ema': ('ema',), 'evaluated': ('ema', 'params')}
   if which not in trees:
     raise ValueError(f'load_params which={which!r}: allowed are {", ".join(trees)}')
@@ -246,7 +244,7 @@ def load_params(path: epath.PathLike, abstract_params: Any, *, step: int | None 
   steps = _steps(path)
   if not steps:
     raise ValueError(f'no complete checkpoint in {path}; give the directory of the <step>/ folders')
-  return _newest_good(path, steps, step, abstract_params, trees=trees[which])[1]
+  return _newest_good(path, steps, step, abstract_params, trees=trees[which])[:2]
 
 
 def _absolute(path: epath.PathLike) -> epath.Path:

@@ -7,6 +7,8 @@ from t5x_like import config
 if __name__ == '__main__':  # Before the slow imports: flags are answered at once.
   sys.exit(config.run('t5x_like.evaluate.evaluate'))
 
+import collections
+import functools
 import json
 import math
 import os
@@ -15,7 +17,6 @@ from collections.abc import Mapping
 from typing import Any, Protocol
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
@@ -47,25 +48,25 @@ class FiniteLoader(Protocol):
     ...
 
 
-class Evaluator:
-  """Sums the next-token loss over every batch of a finite loader; compiled once."""
+# How often the likeliest token is right costs little here, and would cost each update.
+NEXT_TOKEN = functools.partial(losses.next_token, accuracy='accuracy')
 
-  def __init__(self, structure: Structure, loader: FiniteLoader):
-    self._loader, self._structure = loader, structure
+
+class Evaluator:
+  """Sums a loss and its metrics over every batch of a finite loader; compiled once."""
+
+  def __init__(self, structure: Structure, loader: FiniteLoader, loss: losses.Loss = NEXT_TOKEN):
+    self._loader, self._structure, self._loss = loader, structure, loss
     self._shapes = step_lib.batch_shapes(loader.spec, structure)
     self._compiled: Any = None
 
   def _lower(self) -> Any:
-    def sums(params: Any, batch: Any) -> tuple[jax.Array, jax.Array, jax.Array]:
-      module = self._structure.module(params)
-      logits = module(batch['inputs'], positions=batch['positions'],
-                      segment_ids=batch['segment_ids'])
-      nll, _ = losses.cross_entropy(logits, batch['targets'])
-      weights = batch['loss_weights'].astype(jnp.float32)
-      hits = (jnp.argmax(logits, -1) == batch['targets']) * weights
-      return jnp.sum(nll * weights), jnp.sum(weights), jnp.sum(hits)
-
     structure = self._structure
+
+    def sums(params: Any, batch: Any) -> losses.Metrics:
+      total, weight, metrics = self._loss(structure.module(params), batch, dropout_key=None)
+      return {'loss': (total, weight), **metrics}
+
     with jax.set_mesh(structure.mesh), rules_lib.use(structure.rules):
       return jax.jit(sums).lower(structure.shapes, self._shapes).compile()
 
@@ -75,42 +76,63 @@ class Evaluator:
     Args:
       params: nested dict of arrays on the structure's mesh.
     Returns:
-      'loss' (nats per token), 'perplexity', 'accuracy', 'tokens'; and, where the loader knows the
-      bytes of the targets, 'bits_per_byte' and 'bytes'.
+      'loss' (nats per token), 'perplexity', 'tokens' and what else the loss measures, such as
+      'accuracy'; where the loader knows the bytes of the targets, 'bits_per_byte' and 'bytes'; and
+      of a loader with `parts`, each measure of each part, as 'loss/span_0.15_3', the others being
+      those of the parts in their shares.
     Raises:
       ValueError: the loader has no token to score.
     """
     if self._compiled is None:
       self._compiled = self._lower()
-    totals = np.zeros(3)
+    shares: Mapping[str, float] = getattr(self._loader, 'parts', {}) or {'': 1.0}
+    totals = {part: collections.defaultdict(lambda: np.zeros(2)) for part in shares}
     for i in range(len(self._loader)):
       batch = step_lib.place(self._loader, i, self._shapes)  # pyright: ignore
-      totals += np.array([float(x) for x in jax.device_get(self._compiled(params, batch))])
-    nll, tokens, hits = totals
-    if tokens == 0:
-      raise ValueError('the held-out data has no token to score')
-    found = {'loss': nll / tokens, 'perplexity': math.exp(min(nll / tokens, 700.0)),
-             'accuracy': hits / tokens, 'tokens': tokens}
-    size = self._loader.bytes
-    return found if not size else {
-        **found, 'bytes': size, 'bits_per_byte': nll / math.log(2) / size}
+      part = self._loader.part(i) if len(shares) > 1 else next(iter(shares))  # pyright: ignore
+      for name, pair in jax.device_get(self._compiled(params, batch)).items():
+        totals[part][name] += np.array([float(x) for x in pair])
+    return _measures(totals, shares, size=self._loader.bytes)
+
+
+def _measures(totals: Mapping[str, Mapping[str, np.ndarray]], shares: Mapping[str, float], *,
+              size: int | None) -> dict[str, float]:
+  """Means of sums and weights by part and metric, and of the parts together."""
+  tokens = sum(found['loss'][1] for found in totals.values())
+  if tokens == 0:
+    raise ValueError('the held-out data has no token to score')
+  names = list(next(iter(totals.values())))
+  together = {name: np.sum([share * totals[part][name] for part, share in shares.items()], 0)
+              for name in names}
+  means = {name: float(total / weight) for name, (total, weight) in together.items() if weight}
+  found = {'loss': means['loss'], 'perplexity': math.exp(min(means['loss'], 700.0)), **means,
+           'tokens': float(tokens)}
+  if len(shares) > 1:
+    found |= {f'{name}/{part}': float(total / weight) for part in shares
+              for name, (total, weight) in totals[part].items() if weight}
+  if size:
+    nll = float(together['loss'][0])
+    found |= {'bytes': size, 'bits_per_byte': nll / math.log(2) / size}
+  return found
 
 
 class Perplexity:
   """A hook: held-out loss and bits per byte every so many updates, and after the last."""
 
-  def __init__(self, *, loader: FiniteLoader, every: int, name: str = 'eval'):
+  def __init__(self, *, loader: FiniteLoader, every: int, name: str = 'eval',
+               loss: losses.Loss = NEXT_TOKEN):
     """Makes the hook.
 
     Args:
       loader: held-out batches.
       every: updates between evaluations; 0 means only after the last.
+      loss: what is measured; that of the training, where it is not the next token's.
       name: prefix of the metrics, and part of the file's name: evaluation-NAME.json for another
         than 'eval'. Each hook of a run needs its own.
     """
     if every < 0:
       raise ValueError(f'Perplexity every={every} must be 0 (only at the end) or more')
-    self._loader, self._every, self.name = loader, every, name
+    self._loader, self._every, self.name, self._loss = loader, every, name, loss
     self._evaluator: Evaluator | None = None
 
   def due(self, step: int, *, last: bool) -> bool:
@@ -120,11 +142,10 @@ class Perplexity:
   def __call__(self, run: Run, step: int, train_state: Mapping[str, Any]) -> None:
     """Evaluates, records the metrics and, after the last update, writes evaluation.json."""
     if self._evaluator is None:
-      self._evaluator = Evaluator(run.structure, self._loader)
+      self._evaluator = Evaluator(run.structure, self._loader, self._loss)
     found = self._evaluator(step_lib.evaluation_params(train_state))
     run.write(step, {f'{self.name}/{key}': value for key, value in found.items()})
-    run.message(f'{self.name} after update {step}: {_bits_per_byte(found)}, '
-                f'loss {found["loss"]:.4f} nats per token, {found["tokens"]:,.0f} tokens')
+    run.message(f'{self.name} after update {step}: {_said(found, self._loader)}')
     if jax.process_index() == 0:
       file = 'evaluation.json' if self.name == 'eval' else f'evaluation-{self.name}.json'
       write_json(os.path.join(run.workdir, file), {'step': step, **found, **_of(self._loader)})
@@ -135,11 +156,17 @@ def _of(loader: FiniteLoader) -> dict[str, Any]:
   return {key: getattr(loader, key) for key in ('sources', 'split') if hasattr(loader, key)}
 
 
-def _bits_per_byte(found: Mapping[str, float]) -> str:
+def _said(found: Mapping[str, float], loader: FiniteLoader) -> str:
+  """The measures in words, those of parts in their order."""
+  parts = [f'loss {found["loss"]:.4f} nats per token']
   if 'bits_per_byte' in found:
-    return f'{found["bits_per_byte"]:.4f} bits per byte'
-  return ('bits per byte unknown (the store does not say how many bytes its targets are: prepare '
-          'it again)')
+    parts.insert(0, f'{found["bits_per_byte"]:.4f} bits per byte')
+  elif not getattr(loader, 'hides', False):
+    parts.insert(0, 'bits per byte unknown (the store does not say how many bytes its targets '
+                    'are: prepare it again)')
+  told = ('loss', 'tokens', 'bytes', 'bits_per_byte')
+  parts += [f'{name} {value:.4f}' for name, value in found.items() if name not in told]
+  return ', '.join([*parts, f'{found["tokens"]:,.0f} tokens'])
 
 
 def write_json(path: str, values: Mapping[str, Any]) -> None:
@@ -151,8 +178,8 @@ def write_json(path: str, values: Mapping[str, Any]) -> None:
 
 
 def evaluate(*, model: state_lib.Model, mesh: Mesh, rules: rules_lib.Rules, loader: FiniteLoader,
-             checkpoint: str, workdir: str | None = None, step: int | None = None
-             ) -> dict[str, float]:
+             checkpoint: str, workdir: str | None = None, step: int | None = None,
+             loss: losses.Loss = NEXT_TOKEN) -> dict[str, float]:
   """Evaluates the weights of a checkpoint.
 
   Args:
@@ -163,18 +190,18 @@ def evaluate(*, model: state_lib.Model, mesh: Mesh, rules: rules_lib.Rules, load
     checkpoint: directory of checkpoints.
     workdir: where to write evaluation.json; None writes nothing.
     step: which checkpoint; None takes the newest good one.
+    loss: what is measured; that of the training, where it is not the next token's.
   Returns:
     See `Evaluator.__call__`.
   """
   provenance.check(checkpoint, loader=loader)
   structure = state_lib.describe(model, mesh, rules)
-  params = checkpoints.load_params(checkpoint, structure.shapes, step=step, which='evaluated')
+  step, params = checkpoints.load_weights(checkpoint, structure.shapes, step=step,
+                                          which='evaluated')
   began = time.monotonic()
-  found = Evaluator(structure, loader)(params)
-  print(f'{_bits_per_byte(found)}, loss {found["loss"]:.4f} nats per token, '
-        f'perplexity {found["perplexity"]:.2f}, accuracy {found["accuracy"]:.4f} over '
-        f'{found["tokens"]:,.0f} tokens in {time.monotonic() - began:.1f} s')
+  found = Evaluator(structure, loader, loss)(params)
+  print(f'step {step}: {_said(found, loader)} in {time.monotonic() - began:.1f} s')
   if workdir is not None:
     os.makedirs(workdir, exist_ok=True)
-    write_json(os.path.join(workdir, 'evaluation.json'), {**found, **_of(loader)})
+    write_json(os.path.join(workdir, 'evaluation.json'), {'step': step, **found, **_of(loader)})
   return found

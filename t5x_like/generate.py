@@ -15,51 +15,66 @@ from jax.sharding import Mesh
 
 from partitioning import rules as rules_lib
 from t5x_like import checkpoints, decode, provenance
+from t5x_like import prompts as prompts_lib
 from t5x_like import state as state_lib
+from t5x_like.data import vocabularies
 
 
-def generate(*, model: Any, mesh: Mesh, rules: rules_lib.Rules, vocabulary: Any, checkpoint: str,
-             prompt: str = '', prompts: Sequence[str] = (), new_tokens: int = 128,
-             sampling: decode.Sampling | None = None, seed: int = 0, step: int | None = None,
-             bos_id: int | None = None) -> list[str]:
+def generate(*, model: Any, mesh: Mesh, rules: rules_lib.Rules, checkpoint: str,
+             vocabulary: Any = None, prompt: str = '', prompts: Sequence[str] = (),
+             new_tokens: int = 128, sampling: decode.Sampling | None = None, seed: int = 0,
+             step: int | None = None, bos_id: int | None = None,
+             reading: decode.Reading = 'causal') -> list[str]:
   """Prints and returns continuations.
 
   Args:
     model: the model the weights belong to; needs a cache (`empty_cache`).
     mesh: any mesh.
     rules: logical axes to mesh axes.
-    vocabulary: encodes prompts and decodes ids; see `t5x_like.data.vocabularies`.
     checkpoint: directory of checkpoints.
-    prompt: one text to continue; '' lets the model begin.
+    vocabulary: encodes prompts and decodes ids, or what `t5x_like.data.vocabularies.load` reads one
+      from; None: the tokenizer that an import keeps.
+    prompt: one text to continue, or for an encoder to read; '' lets the model begin.
     prompts: several, instead of `prompt`.
     new_tokens: tokens to add at most.
     sampling: how tokens are drawn; None means temperature 0.8.
     seed: of the draws, in [0, 2**32).
     step: which checkpoint; None takes the newest good one.
-    bos_id: the id every document begins with; None takes what training took, the vocabulary's own
-      or, where it has none, the id of padding.
+    bos_id: the id every prompt begins with; None takes what training took, the vocabulary's own
+      or, where it has none, the id of padding; of an import, what its own files say.
+    reading: how a decoder sees its prompt: 'prefix' after training as a prefix LM.
   Returns:
     The continuations, without the prompts.
   Raises:
-    ValueError: a prompt that is no text, a vocabulary that is not the run's, or what
-      `decode.Generator` refuses.
+    ValueError: a prompt that is no text, no vocabulary or one that is not the run's, or what
+      `decode.Writer` and its generators refuse.
   """
   texts = list(prompts) or [prompt]
   for text in texts:
     _check_text(text)
-  own = vocabulary.pad_id if vocabulary.bos_id is None else vocabulary.bos_id
-  begin: int = own if bos_id is None else bos_id
+  vocabulary = _loaded(vocabulary, checkpoint)
+  frame = prompts_lib.frame(checkpoint, vocabulary=vocabulary, bos_id=bos_id)
   provenance.check(checkpoint, vocabulary=vocabulary)
   structure = state_lib.describe(model, mesh, rules)
+  run = decode.Writer(structure, model, frame=frame, reading=reading,
+                      sampling=sampling or decode.Sampling(temperature=0.8))
   params = checkpoints.load_params(checkpoint, structure.shapes, step=step, which='evaluated')
-  run = decode.Generator(structure, model, eos_id=vocabulary.eos_id,
-                         sampling=sampling or decode.Sampling(temperature=0.8))
-  rows = run(params, [[begin, *vocabulary.encode(text)] for text in texts],
+  rows = run(params, [run.framed(vocabulary.encode(text)) for text in texts],
              new_tokens=new_tokens, seed=seed)
   said = [vocabulary.decode(row) for row in rows]
   for text, more in zip(texts, said, strict=True):
-    print(f'{text}{more}\n---')
+    between = '\n' if run.reads else ''
+    print(f'{text}{between}{more}\n---')
   return said
+
+
+def _loaded(vocabulary: Any, checkpoint: str) -> Any:
+  if vocabulary is None:
+    vocabulary = prompts_lib.kept(checkpoint)
+    if vocabulary is None:
+      raise ValueError(f'{checkpoint} is no import and keeps no tokenizer: set VOCABULARY to the '
+                       f'path of one (generate.generate.vocabulary)')
+  return vocabularies.load(vocabulary) if isinstance(vocabulary, str) else vocabulary
 
 
 def _check_text(text: str) -> None:

@@ -42,18 +42,20 @@ def cross_entropy(logits: Float[Array, 'B L V'], targets: Int[Array, 'B L']
 
 
 def next_token(module: Any, batch: Mapping[str, jax.Array], *, dropout_key: Key[Array, ''] | None
-               = None, z_loss: float = 0.0, balance_loss: float = 0.0, router_z_loss: float = 0.0
-               ) -> tuple[jax.Array, jax.Array, Metrics]:
+               = None, z_loss: float = 0.0, balance_loss: float = 0.0, router_z_loss: float = 0.0,
+               accuracy: str = '') -> tuple[jax.Array, jax.Array, Metrics]:
   """Cross-entropy of the next token, with an optional z-loss and those of routers.
 
   Args:
     module: maps `inputs`, `positions`, `segment_ids` to logits [B, L, V]; for the losses of
       routers it also has `logits_and_router`, as `models.decoder.Decoder` does.
-    batch: `inputs`, `targets`, `positions`, `segment_ids` int32 [B, L]; `loss_weights` float32.
+    batch: `inputs`, `targets`, `positions`, `segment_ids` int32 [B, L]; `loss_weights` float32;
+      perhaps `prefix` int32, above 0 for tokens to be seen in both directions.
     dropout_key: None disables dropout.
     z_loss: weight of log(Z)^2 (PaLM, arXiv:2204.02311, section 5), which keeps logits near 0.
     balance_loss: weight of `models.moe.balance_loss`; Switch's is 0.01, Mixtral's 0.02.
     router_z_loss: weight of `models.moe.z_loss`; ST-MoE's is 0.001.
+    accuracy: name of the metric of how often the likeliest token is right; '' leaves it out.
   Returns:
     The weighted sum of losses in nats, the sum of weights, and metrics as (sum, weight). Those of
     routers, `balance_loss`, `router_z_loss` and the share of `dropped` choices, are reported
@@ -63,12 +65,14 @@ def next_token(module: Any, batch: Mapping[str, jax.Array], *, dropout_key: Key[
   """
   given = dict(positions=batch['positions'], segment_ids=batch['segment_ids'],
                dropout_key=dropout_key)
+  if 'prefix' in batch:
+    given['prefix'] = batch['prefix']
   routed = None
   if balance_loss or router_z_loss:
     logits, routed = _with_router(module)(batch['inputs'], **given)
   else:
     logits = module(batch['inputs'], **given)
-  loss, weight, metrics = _scored(logits, batch, z_loss=z_loss)
+  loss, weight, metrics = _scored(logits, batch, z_loss=z_loss, accuracy=accuracy)
   if routed is not None:
     # Means over the batch already: times the weight, they stay so when it is divided by.
     balance, router_z = moe.balance_loss(routed) * weight, moe.z_loss(routed) * weight

@@ -1,5 +1,6 @@
 """Turns tasks into token stores, as gin/data/text.gin says for a folder of text."""
 
+import dataclasses
 import importlib
 import os
 import sys
@@ -22,8 +23,8 @@ Naming = Literal['plain', 'content']
 def prepare(*, task: Task | Sequence[Task], store_dir: str,
             vocabulary: vocabularies.Vocabulary | pieces.Training | str | None = None,
             splits: Sequence[str] | None = None, processes: int | None = None,
-            existing: prepare_lib.Existing = 'refuse', naming: Naming = 'plain'
-            ) -> dict[str, store_lib.Store]:
+            existing: prepare_lib.Existing = 'refuse', naming: Naming = 'plain',
+            extra_ids: int | None = None) -> dict[str, store_lib.Store]:
   """Writes the token stores of tasks and mixtures, or finds them already written.
 
   Args:
@@ -37,6 +38,8 @@ def prepare(*, task: Task | Sequence[Task], store_dir: str,
     existing: 'refuse' or 'rebuild' a finished store made from something else.
     naming: 'plain' calls stores as the tasks; 'content' adds a hash of all that decides their
       tokens, so that stores of other text stay as they are, and prints each name. For text tasks.
+    extra_ids: sentinels at the end of `vocabulary`, ids that no text has: span corruption needs one
+      per span of a row, masking one; None: as the vocabulary's own files say, else none.
 
   Returns:
     The stores by '<task>/<split>'.
@@ -57,7 +60,7 @@ def prepare(*, task: Task | Sequence[Task], store_dir: str,
     if isinstance(one, TextTask) and 'validation' in _splits_of(one, splits):
       one.check_held_out()
   os.makedirs(store_dir, exist_ok=True)
-  tasks = _with_vocabulary(tasks, vocabulary=vocabulary, store_dir=store_dir)
+  tasks = _with_vocabulary(tasks, vocabulary=vocabulary, store_dir=store_dir, extra_ids=extra_ids)
   if naming == 'content':
     tasks = _named_by_content(tasks, mixtures, store_dir=store_dir)
   stores: dict[str, store_lib.Store] = {}
@@ -79,7 +82,8 @@ def prepare(*, task: Task | Sequence[Task], store_dir: str,
 def dry_run(*, task: Task | Sequence[Task], store_dir: str,
             vocabulary: vocabularies.Vocabulary | pieces.Training | str | None = None,
             splits: Sequence[str] | None = None, processes: int | None = None,
-            existing: prepare_lib.Existing = 'refuse', naming: Naming = 'plain') -> None:
+            existing: prepare_lib.Existing = 'refuse', naming: Naming = 'plain',
+            extra_ids: int | None = None) -> None:
   """Prints what `prepare` would read and which stores exist, and writes nothing.
 
   Args:
@@ -90,9 +94,11 @@ def dry_run(*, task: Task | Sequence[Task], store_dir: str,
     processes: as for `prepare`.
     existing: as for `prepare`.
     naming: as for `prepare`.
+    extra_ids: as for `prepare`.
   """
-  print(f'vocabulary: {vocabulary}; processes: {processes or "one per core"}; existing stores that '
-        f'differ: {existing}; names: {naming}')
+  said = 'as its files say' if extra_ids is None else extra_ids
+  print(f'vocabulary: {vocabulary}; sentinels: {said}; processes: {processes or "one per core"}; '
+        f'existing stores that differ: {existing}; names: {naming}')
   store_dir = os.path.expanduser(store_dir)
   for one in _resolved(task)[1]:
     files = one.files()
@@ -134,24 +140,33 @@ def _flat(task: Any) -> Iterator[Any]:
 
 
 def _with_vocabulary(tasks: list[Preparable], *, store_dir: str,
-                     vocabulary: vocabularies.Vocabulary | pieces.Training | str | None
-                     ) -> list[Preparable]:
+                     vocabulary: vocabularies.Vocabulary | pieces.Training | str | None,
+                     extra_ids: int | None) -> list[Preparable]:
   without = [t for t in tasks if isinstance(t, TextTask) and t.vocabulary is None]
+  if extra_ids is not None and extra_ids < 0:
+    raise ValueError(f'extra_ids={extra_ids} must be 0 or more')
   if not without:
-    if vocabulary is not None:
-      raise ValueError(f'every task has its own vocabulary, so vocabulary={vocabulary} would have '
-                       f'no effect; leave it out')
+    for name, value in (('vocabulary', vocabulary), ('extra_ids', extra_ids)):
+      if value is not None:
+        raise ValueError(f'every task has its own vocabulary, so {name}={value} would have no '
+                         f'effect; leave it out')
     return tasks
   if vocabulary is None:
     raise ValueError(f'task {without[0].name!r} has no vocabulary: set prepare.vocabulary to '
                      f"'bytes', to the path of a .model or tokenizer.json, or to "
                      f'@pieces.Training() to learn one')
   if isinstance(vocabulary, str):
-    vocabulary = vocabularies.load(vocabulary)
-  if isinstance(vocabulary, pieces.Training):
+    vocabulary = vocabularies.load(vocabulary, extra_ids=extra_ids)
+  elif isinstance(vocabulary, pieces.Training):
+    if extra_ids is not None:
+      vocabulary = dataclasses.replace(vocabulary, extra_ids=extra_ids)
     vocabulary = prepare_lib.trained_vocabulary(vocabulary, tasks=without, store_dir=store_dir)
     print(f'prepare: vocabulary of {vocabulary.vocab_size} pieces: {vocabulary.path}',
           file=sys.stderr)
+  elif extra_ids not in (None, vocabulary.extra_ids):
+    raise ValueError(f'the vocabulary given has extra_ids={vocabulary.extra_ids} of its own, so '
+                     f'extra_ids={extra_ids} would have no effect: set it where the vocabulary is '
+                     f'made, as by vocabularies.load.extra_ids')
   given: list[Preparable] = []
   for task in tasks:
     if isinstance(task, TextTask) and task.vocabulary is None:

@@ -20,6 +20,7 @@ from jax.sharding import Mesh
 from partitioning import rules as rules_lib
 from t5x_like import (
   checkpoints,
+  checks,
   ledger,
   limits,
   locks,
@@ -132,6 +133,7 @@ def _check(*, model: state_lib.Model, loader: step_lib.Loader, steps: int,
   for name, value in (('data_change', data_change), ('model_change', model_change)):
     if value not in get_args(Change):
       raise ValueError(f"{name}={value!r} is unknown; allowed: 'refuse', 'allow'")
+  checks.check_distinct({'hooks': list(hooks)})
   for hook in hooks:
     if (check := getattr(hook, 'check', None)) is not None:
       check(model=model, loader=loader)

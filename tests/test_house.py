@@ -318,6 +318,10 @@ _COMMANDS: dict[str, str] = {
 }
 
 
+# Pages whose commands a test reads there and runs all: test_readme.py, test_docs_objectives.py.
+_PAGES = ('README.md', 'objectives.md')
+
+
 def _documented_commands() -> dict[str, str]:
   """Returns each command line in a bash block of the documentation, with the file that shows it."""
   found = {}
@@ -327,8 +331,8 @@ def _documented_commands() -> dict[str, str]:
       joined = block.replace('\\\n', ' ')
       for line in joined.splitlines():
         line = ' '.join(line.split(' #')[0].split())
-        if file.name == 'README.md' and line.startswith('python -m'):
-          continue  # tests/test_readme.py reads these there and runs them all.
+        if file.name in _PAGES and line.startswith('python -m'):
+          continue
         if line and not line.startswith('#'):
           found[line] = file.name
   return found

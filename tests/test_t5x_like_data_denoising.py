@@ -154,5 +154,5 @@ def test_a_vocabulary_without_sentinels_is_refused(tmp_path):
   assert make(tmp_path, 'a', length=20, denoising=denoising.PrefixLM()).batch(0)
   assert make(tmp_path, 'a', length=20, denoising=denoising.SpanCorruption(mean_span=2)).batch(0)
   with pytest.raises(ValueError, match='SpanCorruption needs 3 sentinels for rows of 20 tokens, '
-                                       'but the vocabulary has 2: .* extra_ids=3 or more'):
+                                       'but the vocabulary of .*a.train has 2: .*EXTRA_IDS=3 or '):
     make(tmp_path, 'a', length=20, denoising=denoising.SpanCorruption(mean_span=1))

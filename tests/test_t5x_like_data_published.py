@@ -9,9 +9,11 @@ import sys
 from typing import Any
 
 import pytest
+import tokenizers
 
 from t5x_like import prepare
 from t5x_like.data import loader, textfiles, texttasks, vocabularies
+from t5x_like.data import pairs as data_pairs
 
 GOLDEN = pathlib.Path(__file__).parent / 'golden/hf/tokenizers'
 # The file, the fields of a pair, and the ids of bos, eos, pad and unk.
@@ -164,6 +166,36 @@ def test_what_cannot_be_used_is_named(tmp_path):
     vocabularies.load(str(tmp_path / 'empty'))
   with pytest.raises(ValueError, match="vocabulary 'bytes' has tokens of its own, so eos would"):
     vocabularies.load('bytes', eos='x')
+
+
+def tokenizer_of(folder, tokens, **config):
+  """A published tokenizer that knows these words."""
+  folder.mkdir()
+  made = tokenizers.Tokenizer(tokenizers.models.WordLevel(
+    {token: i for i, token in enumerate(tokens)}, unk_token=tokens[0]))
+  made.pre_tokenizer = tokenizers.pre_tokenizers.WhitespaceSplit()
+  made.save(str(folder / 'tokenizer.json'))
+  (folder / 'tokenizer_config.json').write_text(json.dumps(config))
+  return str(folder)
+
+
+def test_masks_and_sentinels_of_published_tokenizers_serve_objectives(tmp_path):
+  (tmp_path / 'a.txt').write_text('a b a b')
+
+  def known(name, tokens, **config):
+    task = texttasks.TextTask(name, textfiles.Text(str(tmp_path / 'a.txt')), validation_fraction=0)
+    stores = prepare.prepare(task=task, store_dir=str(tmp_path / 'stores'), processes=1,
+                             vocabulary=tokenizer_of(tmp_path / name, tokens, **config))
+    return data_pairs.vocabulary_of(stores)
+
+  bert = known('bert', ['[UNK]', '[MASK]', '[SEP]', 'a', 'b'])
+  assert (bert.mask_id, bert.sentinels, bert.size) == (1, 0, 5)
+  t5 = known('t5', ['<unk>', '</s>', 'a', 'b', '<extra_id_1>', '<extra_id_0>'])
+  assert (t5.mask_id, t5.sentinels, t5.size) == (None, 2, 6)
+  named = known('named', ['<unk>', '</s>', 'hidden', 'a', 'b'], mask_token='hidden')
+  assert (named.mask_id, named.sentinels) == (2, 0)
+  lacking = known('lacking', ['<unk>', '</s>', 'a', 'b'], mask_token='<no such token>')
+  assert (lacking.mask_id, lacking.sentinels) == (None, 0)
 
 
 _RUN = """

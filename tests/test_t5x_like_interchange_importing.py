@@ -48,24 +48,29 @@ def test_sums_of_pieces_are_the_checksum_of_the_whole():
     assert pieces.not_finite == 0
 
 
-def test_generate_continues_an_import_as_the_reference_does(tmp_path, capsys):
-  out = tmp_path / 'llama'
-  assert _import(str(_LLAMA), '--out', str(out)) == 0
-  io = golden_hf.outputs('llama2_gqa')
-  ids, new = io['gen_prompt_ids'][0].tolist(), io['gen_new_ids'][0].tolist()
+@pytest.mark.parametrize('name, begin', [('llama2_gqa', True), ('gpt_neox', False),
+                                         ('t5_v1_1', False)])
+def test_generate_continues_an_import_as_the_reference_does(tmp_path, capsys, name, begin):
+  out = tmp_path / 'ours'
+  assert _import(str(golden_hf.FOLDER / name), '--out', str(out)) == 0
+  io = golden_hf.outputs(name)
+  reads = 'gen_input_ids' in io
+  ids = io['gen_input_ids' if reads else 'gen_prompt_ids'][0].tolist()
+  new, shown = io['gen_new_ids'][0].tolist(), ids[1:] if begin else ids
   # Ids as text, so that the numbers of the reference can be given and read.
   capsys.readouterr()
   status = config.run('t5x_like.generate.generate', [
       '--gin_file=runs/generate.gin', f'--gin_file={out}/model.gin', f'--gin.MODEL_DIR="{out}"',
-      f'--gin.BOS_ID={ids[0]}', '--module=t5x_like.decode',
+      *([f'--gin.BOS_ID={ids[0]}'] if begin else []), '--module=t5x_like.decode',
       '--gin.generate.generate.vocabulary=@vocabularies.IdVocabulary()',
       '--gin.vocabularies.IdVocabulary.vocab_size=128',
       '--gin.generate.generate.sampling=@t5x_like.decode.Sampling()',
-      '--gin.t5x_like.decode.Sampling.temperature=0.0', '--prompt', ' '.join(map(str, ids[1:])),
+      '--gin.t5x_like.decode.Sampling.temperature=0.0', '--prompt', ' '.join(map(str, shown)),
       '--new_tokens', str(len(new))], flags={'prompt': str, 'new_tokens': int})
   printed = capsys.readouterr()
   assert status == 0, printed.err
-  assert printed.out.split('\n---')[0] == ' '.join(map(str, ids[1:])) + ' '.join(map(str, new))
+  between = '\n' if reads else ''
+  assert printed.out.split('\n---')[0] == between.join(' '.join(map(str, x)) for x in (shown, new))
 
 
 def test_commands_of_the_documentation(tmp_path):

@@ -6,34 +6,18 @@ is hidden from row r of a source in an epoch is a pure function of the seed, as 
 
 import dataclasses
 import hashlib
-from collections.abc import Callable, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Protocol
 
 import numpy as np
 
-Batch = dict[str, np.ndarray]
-Spec = dict[str, tuple[tuple[int, int], np.dtype]]
-# What an encoder reads, and what a decoder writes about it.
-Pair = tuple[np.ndarray, np.ndarray]
+from t5x_like.data import pairs
+from t5x_like.data import store as store_lib
 
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Vocabulary:
-  """What an objective needs to know of the tokens.
-
-  Attributes:
-    size: ids are in [0, size).
-    sentinels: how many of the last ids no text has; the first one is size - 1, as in T5.
-    pad_id: fills rows.
-    bos_id: first input of a decoder.
-    eos_id: last token of a document, or None.
-  """
-
-  size: int
-  sentinels: int
-  pad_id: int
-  bos_id: int
-  eos_id: int | None
+Batch = pairs.Batch
+Spec = pairs.Spec
+Pair = pairs.Pair
+Vocabulary = pairs.Vocabulary
 
 
 class Denoising(Protocol):
@@ -53,21 +37,31 @@ class Denoising(Protocol):
     ...
 
 
-def check(denoising: Denoising, vocabulary: Vocabulary, *, length: int) -> None:
-  """Refuses a vocabulary in which hidden tokens could be taken for text.
+def vocabulary_of(stores: Mapping[str, store_lib.Store], *, denoising: Denoising, length: int
+                  ) -> Vocabulary:
+  """Returns the vocabulary of stores, unless hidden tokens could be taken for text in it.
 
   Args:
+    stores: by source, all of one vocabulary.
     denoising: what is hidden.
-    vocabulary: of the stores.
     length: tokens per row.
   Raises:
-    ValueError: it has too few sentinels; how to get them.
+    ValueError: it has too few sentinels or no mask; how to get them.
   """
-  needed = denoising.sentinels(length)
-  if needed > vocabulary.sentinels:
-    raise ValueError(f'{type(denoising).__name__} needs {needed} sentinels for rows of {length} '
-                     f'tokens, but the vocabulary has {vocabulary.sentinels}: prepare the stores '
-                     f'with a vocabulary of extra_ids={needed} or more')
+  vocabulary = pairs.vocabulary_of(stores)
+  masks = isinstance(denoising, MaskedLM)
+  needed = 0 if masks and vocabulary.mask_id is not None else denoising.sentinels(length)
+  if needed <= vocabulary.sentinels:
+    return vocabulary
+  store, kind = next(iter(stores.values())).path, type(denoising).__name__
+  lacks = (f'{kind} needs a token that stands for a hidden one, but the vocabulary of {store} has '
+           f'neither a mask nor sentinels' if masks else
+           f'{kind} needs {needed} sentinels for rows of {length} tokens, but the vocabulary of '
+           f'{store} has {vocabulary.sentinels}')
+  raise ValueError(f'{lacks}: prepare the text again under another TASK or STORE_DIR with '
+                   f'--gin.EXTRA_IDS={needed} or more (prepare.prepare.extra_ids)'
+                   + ('; or, if one of its tokens is a mask, set MASK_ID to its id' if masks else
+                      ', or shorten LENGTH'))
 
 
 def keyed(seed: int, *, source: str, epoch: int, row: int) -> np.random.Generator:
@@ -89,7 +83,8 @@ class MaskedLM:
   """Some tokens of a row are hidden, and are the only targets (BERT, arXiv:1810.04805).
 
   Attributes:
-    mask_id: stands for a hidden token; None: the first sentinel.
+    mask_id: stands for a hidden token; None: the vocabulary's own mask, as a published one may
+      name it, else the first sentinel.
     rate: share of the real tokens that become targets.
     masked: share of the targets that the mask stands for.
     random: share of the targets that a random token stands for; the rest is shown as it is.
@@ -109,16 +104,19 @@ class MaskedLM:
 
   def spec(self, batch_size: int, *, length: int) -> Spec:
     """Returns shape and dtype of each feature."""
-    return _spec(batch_size, '', length)
+    return pairs.row_spec(batch_size, length=length)
 
   def sentinels(self, length: int) -> int:
     """Returns 1, or 0 where the mask is given."""
+    del length
     return int(self.mask_id is None)
 
   def apply(self, batch: Batch, *, rngs: Sequence[np.random.Generator], vocabulary: Vocabulary
             ) -> Batch:
     """Returns inputs at the places of their targets; only hidden tokens have a weight."""
-    mask_id = vocabulary.size - 1 if self.mask_id is None else self.mask_id
+    first = vocabulary.size - 1
+    known = first if vocabulary.mask_id is None else vocabulary.mask_id
+    mask_id = known if self.mask_id is None else self.mask_id
     if not 0 <= mask_id < vocabulary.size:
       raise ValueError(f'MaskedLM.mask_id={mask_id} is not in the vocabulary of '
                        f'{vocabulary.size} tokens')
@@ -164,11 +162,16 @@ class SpanCorruption:
 
   def spec(self, batch_size: int, *, length: int) -> Spec:
     """Returns shape and dtype of each feature."""
-    return _pair_spec(batch_size, length=length, written=self.written(length))
+    return pairs.pair_spec(batch_size, length=length, written=self.written(length))
 
   def sentinels(self, length: int) -> int:
     """Returns the spans of one document as long as a row."""
     return self.counts(max(length, 2))[1]
+
+  @property
+  def name(self) -> str:
+    """Tells it from others of a mixture, as 'span_0.15_3'."""
+    return f'span_{self.density:g}_{self.mean_span:g}'
 
   def written(self, length: int) -> int:
     """Returns the length of a decoder row."""
@@ -178,7 +181,7 @@ class SpanCorruption:
             ) -> Batch:
     """Returns what an encoder reads and a decoder writes."""
     make = lambda tokens, row: self.pair(tokens, rngs[row], first=vocabulary.size - 1)
-    return _pairs(batch, make, vocabulary=vocabulary,
+    return pairs.pack(batch, make, vocabulary=vocabulary,
                   written=self.written(batch['targets'].shape[1]))
 
   def pair(self, tokens: np.ndarray, rng: np.random.Generator, *, first: int) -> Pair:
@@ -190,8 +193,8 @@ class SpanCorruption:
       first: id of the first sentinel; those of later spans are below it.
     """
     hidden, spans = self.counts(len(tokens))
-    sizes = np.stack([_segmentation(len(tokens) - hidden, spans, rng),
-                      _segmentation(hidden, spans, rng)], 1).reshape(-1)
+    sizes = np.stack([pairs.segmentation(len(tokens) - hidden, spans, rng),
+                      pairs.segmentation(hidden, spans, rng)], 1).reshape(-1)
     pieces = np.split(tokens, np.cumsum(sizes)[:-1])
     sentinels = np.arange(first, first - spans, -1, dtype=tokens.dtype)[:, None]
     read = [part for kept, mark in zip(pieces[::2], sentinels, strict=True)
@@ -220,12 +223,17 @@ class PrefixLM:
 
   def spec(self, batch_size: int, *, length: int) -> Spec:
     """Returns shape and dtype of each feature."""
-    return _pair_spec(batch_size, length=length, written=self.written(length))
+    return pairs.pair_spec(batch_size, length=length, written=self.written(length))
 
   def sentinels(self, length: int) -> int:
     """Returns 0."""
     del length
     return 0
+
+  @property
+  def name(self) -> str:
+    """Tells it from others of a mixture, as 'prefix_0.5'."""
+    return f'prefix_{self.share:g}'
 
   def written(self, length: int) -> int:
     """Returns the length of a decoder row."""
@@ -235,16 +243,69 @@ class PrefixLM:
             ) -> Batch:
     """Returns what an encoder reads and a decoder writes."""
     make = lambda tokens, row: self.pair(tokens, rngs[row], first=0)
-    return _pairs(batch, make, vocabulary=vocabulary,
+    return pairs.pack(batch, make, vocabulary=vocabulary,
                   written=self.written(batch['targets'].shape[1]))
 
   def pair(self, tokens: np.ndarray, rng: np.random.Generator, *, first: int) -> Pair:
     """Splits one document of at least 2 tokens; it has no sentinels, so `first` is not used."""
     del first
-    around = min(self.share, 1 - self.share)
-    at = round(len(tokens) * (self.share + around * (2 * rng.random() - 1)))
-    at = min(max(at, 1), len(tokens) - 1)
+    at = _cut(len(tokens), self.share, rng)
     return tokens[:at], tokens[at:]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class DecoderPrefixLM:
+  """One stack reads the beginning of each document in both directions and writes the rest.
+
+  T5's prefix LM (arXiv:1910.10683, section 3.2.1), packed as `seqio.PrefixLMFeatureConverter` does:
+  the token that begins a document belongs to its prefix, and targets are those after it.
+
+  Attributes:
+    share: of a document that is read on average, as of `PrefixLM`; None: the inputs of stores that
+      have inputs and targets.
+  """
+
+  share: float | None = 0.5
+
+  def __post_init__(self):
+    if self.share is not None and not 0 < self.share < 1:
+      raise ValueError(f'DecoderPrefixLM.share={self.share} must be in (0, 1), or None for the '
+                       f'inputs that the stores have')
+
+  def spec(self, batch_size: int, *, length: int) -> Spec:
+    """Returns shape and dtype of each feature."""
+    return {**pairs.row_spec(batch_size, length=length),
+            'prefix': ((batch_size, length), np.dtype(np.int32))}
+
+  def sentinels(self, length: int) -> int:
+    """Returns 0."""
+    del length
+    return 0
+
+  def apply(self, batch: Batch, *, rngs: Sequence[np.random.Generator], vocabulary: Vocabulary
+            ) -> Batch:
+    """Returns the batch with `prefix`, 1 for what is seen in both directions and has no weight."""
+    del vocabulary
+    prefix, weights = np.zeros_like(batch['inputs']), batch['loss_weights'].copy()
+    for row, rng in enumerate(rngs):
+      segments = batch['segment_ids'][row]
+      for document in range(1, int(segments.max(initial=0)) + 1):
+        places = np.flatnonzero(segments == document)
+        scored = np.flatnonzero(weights[row, places] > 0)
+        if self.share is not None:
+          at = _cut(len(places), self.share, rng) if len(places) > 1 else 0
+        else:
+          at = int(scored[0]) if len(scored) else len(places)
+        # The input of the first target is the last token of the prefix.
+        prefix[row, places[:at + 1] if at else []] = 1
+        weights[row, places[:at]] = 0
+    return {**batch, 'prefix': prefix, 'loss_weights': weights}
+
+
+def _cut(length: int, share: float, rng: np.random.Generator) -> int:
+  """How many of at least 2 tokens are read: uniform around the share, at least 1 on each side."""
+  around = min(share, 1 - share)
+  return min(max(round(length * (share + around * (2 * rng.random() - 1))), 1), length - 1)
 
 
 # Of UL2 (arXiv:2205.05131, table 1): regular, extreme, sequential.
@@ -282,11 +343,30 @@ class Mixture:
 
   def spec(self, batch_size: int, *, length: int) -> Spec:
     """Returns shape and dtype of each feature."""
-    return _pair_spec(batch_size, length=length, written=self._written(length))
+    return pairs.pair_spec(batch_size, length=length, written=self._written(length))
 
   def sentinels(self, length: int) -> int:
     """Returns the most that one of the ways needs."""
     return max(one.sentinels(length) for one in self.denoisers)
+
+  def ways(self, length: int) -> dict[str, tuple[float, 'Mixture']]:
+    """Returns each way by its name: its share of the rows, and itself, in rows as long as these.
+
+    Args:
+      length: tokens per row.
+    """
+    shares, modes = self._shares(), self.modes or (None,) * len(self.denoisers)
+    found: dict[str, tuple[float, Mixture]] = {}
+    for share, one, mode in zip(shares.tolist(), self.denoisers, modes, strict=True):
+      alone = dataclasses.replace(one, targets_length=self._written(length))
+      name = one.name if one.name not in found else f'{one.name}_{len(found)}'
+      if share:
+        found[name] = share, Mixture(denoisers=(alone,), modes=() if mode is None else (mode,))
+    return found
+
+  def _shares(self) -> np.ndarray:
+    weights = np.array(self.weights or [1.0] * len(self.denoisers))
+    return weights / weights.sum()
 
   def _written(self, length: int) -> int:
     return max(one.written(length) for one in self.denoisers)
@@ -294,8 +374,8 @@ class Mixture:
   def apply(self, batch: Batch, *, rngs: Sequence[np.random.Generator], vocabulary: Vocabulary
             ) -> Batch:
     """Returns what an encoder reads and a decoder writes."""
-    shares = np.array(self.weights or [1.0] * len(self.denoisers))
-    ways = [int(rng.choice(len(shares), p=shares / shares.sum())) for rng in rngs]
+    shares = self._shares()
+    ways = [int(rng.choice(len(shares), p=shares)) for rng in rngs]
 
     def make(tokens: np.ndarray, row: int) -> Pair:
       way = ways[row]
@@ -303,58 +383,5 @@ class Mixture:
       mode = [self.modes[way]] if self.modes else []
       return np.concatenate([np.array(mode, read.dtype), read]), write
 
-    return _pairs(batch, make, vocabulary=vocabulary,
+    return pairs.pack(batch, make, vocabulary=vocabulary,
                   written=self._written(batch['targets'].shape[1]))
-
-
-def _segmentation(items: int, segments: int, rng: np.random.Generator) -> np.ndarray:
-  """Sizes, each at least 1, of a random split of items."""
-  cuts = np.sort(rng.permutation(items - 1)[:segments - 1]) + 1
-  return np.diff(np.concatenate([[0], cuts, [items]]))
-
-
-def _spec(batch_size: int, prefix: str, length: int) -> Spec:
-  names = ('inputs', 'segment_ids', 'positions')
-  shape = (batch_size, length)
-  spec = {prefix + name: (shape, np.dtype(np.int32)) for name in names}
-  if prefix:
-    return spec
-  return {**spec, 'targets': (shape, np.dtype(np.int32)),
-          'loss_weights': (shape, np.dtype(np.float32))}
-
-
-def _pair_spec(batch_size: int, *, length: int, written: int) -> Spec:
-  return {**_spec(batch_size, 'encoder_', length), **_spec(batch_size, '', written)}
-
-
-def _pairs(batch: Batch, make: Callable[[np.ndarray, int], Pair], *, vocabulary: Vocabulary,
-           written: int) -> Batch:
-  """Splits the documents of each row and packs both sides under the same segment numbers."""
-  rows, length = batch['targets'].shape
-  spec = _pair_spec(rows, length=length, written=written)
-  out = {name: np.zeros(shape, dtype) for name, (shape, dtype) in spec.items()}
-  for name in ('encoder_inputs', 'inputs', 'targets'):
-    out[name][:] = vocabulary.pad_id
-  for row in range(rows):
-    segments, at, to, number = batch['segment_ids'][row], 0, 0, 0
-    for document in range(1, int(segments.max(initial=0)) + 1):
-      tokens = batch['targets'][row][segments == document]
-      end = [] if vocabulary.eos_id is None else [vocabulary.eos_id]
-      if end and len(tokens) and tokens[-1] == end[0]:
-        tokens = tokens[:-1]
-      if len(tokens) < 2:
-        continue
-      read, write = (np.concatenate([part, np.array(end, part.dtype)])
-                     for part in make(tokens, row))
-      if at + len(read) > length or to + len(write) > written:
-        continue
-      number += 1
-      here, there = slice(at, at + len(read)), slice(to, to + len(write))
-      at, to = here.stop, there.stop
-      out['encoder_inputs'][row, here], out['targets'][row, there] = read, write
-      out['inputs'][row, there] = np.concatenate([[vocabulary.bos_id], write[:-1]])
-      for name, place in (('encoder_', here), ('', there)):
-        out[f'{name}segment_ids'][row, place] = number
-        out[f'{name}positions'][row, place] = np.arange(place.stop - place.start)
-      out['loss_weights'][row, there] = 1
-  return out

@@ -57,12 +57,8 @@ class Loader:
     self._sources = sources_lib.open_all(sources_lib.names_of(sources), store_dir=store_dir,
                                          split=split, length=length, packing=packing)
     self._first = next(iter(self._sources.values()))
-    described = self._first.store.manifest['vocabulary']
-    self._known = denoising_lib.Vocabulary(
-      size=self.vocab_size, sentinels=described.get('extra_ids', 0), pad_id=self.pad_id,
-      bos_id=self.bos_id, eos_id=self.eos_id)
-    if denoising is not None:
-      denoising_lib.check(denoising, self._known, length=length)
+    self._known = None if denoising is None else denoising_lib.vocabulary_of(
+      self.stores, denoising=denoising, length=length)
     self._rates = self._all_rates(sources, changes=changes, temperature=temperature)
     self._order = order.Order(
       sizes={n: s.objective.rows for n, s in self._sources.items()},
@@ -90,7 +86,7 @@ class Loader:
       parts.append((opened.stream, here, opened.objective.spans(row[here])))
     made = objectives.assemble(parts, rows=len(g), length=self.length, bos_id=self.bos_id,
                                pad_id=self.pad_id, attention=self._attention)
-    if self._denoising is None:
+    if self._denoising is None or self._known is None:
       return made
     rngs = [denoising_lib.keyed(self.seed, source=self._order.names[s], epoch=e, row=r)
             for s, e, r in zip(source.tolist(), epoch.tolist(), row.tolist(), strict=True)]

@@ -20,11 +20,13 @@ class Training:
     vocab_size: pieces, pad 0, eos 1, unk 2 and 256 bytes included.
     model: 'bpe' or 'unigram'.
     sample_bytes: most bytes of text of the train split to learn from.
+    extra_ids: sentinels added behind the pieces, which no text has.
   """
 
   vocab_size: int = 4096
   model: Literal['bpe', 'unigram'] = 'bpe'
   sample_bytes: int = 8 << 20
+  extra_ids: int = 0
 
   def __post_init__(self):
     if self.model not in ('bpe', 'unigram'):

@@ -168,7 +168,8 @@ def trained_vocabulary(training: pieces.Training, *, tasks: Sequence[Preparable]
   folder = os.path.join(store_dir, 'vocabularies')
   os.makedirs(folder, exist_ok=True)
   samples = []
-  parts: list[Any] = [list(training.__dict__.items())]
+  # Sentinels are not learnt: with any number of them the pieces are those of the same file.
+  parts: list[Any] = [[(k, v) for k, v in training.__dict__.items() if k != 'extra_ids']]
   for task in tasks:
     if not isinstance(task, TextTask):
       raise ValueError(f'cannot train a vocabulary on {task.name!r}: it comes with its own')
@@ -179,12 +180,12 @@ def trained_vocabulary(training: pieces.Training, *, tasks: Sequence[Preparable]
     parts.append([source, sorted(inputs.items()), *([moved.hex()] if moved else [])])
     samples.append(task.sample(training.sample_bytes // len(tasks)))
   path = os.path.join(folder, f'{tasks[0].name}-{training.vocab_size}-{digest(parts)[:12]}.model')
-  if os.path.exists(path):
-    return vocabularies.SentencePieceVocabulary(path)
-  print(f'prepare: learning a vocabulary of {training.vocab_size} pieces', file=sys.stderr)
-  return pieces.train_sentencepiece((text for sample in samples for text in sample), path=path,
-                                    vocab_size=training.vocab_size, model=training.model,
-                                    sample_bytes=training.sample_bytes)
+  if not os.path.exists(path):
+    print(f'prepare: learning a vocabulary of {training.vocab_size} pieces', file=sys.stderr)
+    pieces.train_sentencepiece((text for sample in samples for text in sample), path=path,
+                               vocab_size=training.vocab_size, model=training.model,
+                               sample_bytes=training.sample_bytes)
+  return vocabularies.SentencePieceVocabulary(path, extra_ids=training.extra_ids)
 
 
 def named_by_content(task: TextTask, *, store_dir: str) -> TextTask:

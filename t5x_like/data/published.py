@@ -14,7 +14,7 @@ import tokenizers
 # In the order of preference: what comes first holds most of what follows.
 _FILES = ('tokenizer.json', 'tokenizer.model', 'spiece.model', 'sentencepiece.bpe.model',
           'sentencepiece.model', 'vocab.json')
-ROLES = ('bos', 'eos', 'pad', 'unk')
+ROLES = ('bos', 'eos', 'pad', 'unk', 'mask')
 
 
 class Said(NamedTuple):

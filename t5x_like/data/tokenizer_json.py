@@ -14,6 +14,7 @@ _USUAL = {
   # GPT-2 begins a document with the token that ended the one before.
   'bos': ('<s>', '<|begin_of_text|>', '<bos>', '[CLS]', '<|endoftext|>'),
   'unk': ('<unk>', '[UNK]'),
+  'mask': ('[MASK]', '<mask>'),
 }
 
 
@@ -65,6 +66,10 @@ class TokenizerJsonVocabulary:
     self.vocab_size = self._base + self.extra_ids
     self.eos_id, self.bos_id, self.unk_id = found['eos'], found['bos'], found['unk']
     self.pad_id = found['pad'] or 0
+    self.mask_id = found['mask']
+    # T5's file has its own: <extra_id_0> is the last token, and the others lie before it.
+    self.sentinels = self.extra_ids or next(
+      i for i in range(self._base + 1) if ids.get(f'<extra_id_{i}>') != self._base - 1 - i)
 
   def encode(self, text: str) -> list[int]:
     """Returns the ids of a text, without special tokens around it; those it names are one id."""

@@ -130,7 +130,7 @@ class SentencePieceVocabulary:
       raise ValueError(f'{self.path} is not a SentencePiece model: {error}') from None
     p = self._processor
     self._pieces: int = p.get_piece_size()
-    own = {'bos': p.bos_id(), 'eos': p.eos_id(), 'pad': p.pad_id(), 'unk': p.unk_id()}
+    own = {'bos': p.bos_id(), 'eos': p.eos_id(), 'pad': p.pad_id(), 'unk': p.unk_id(), 'mask': -1}
     own = {role: index if index >= 0 else None for role, index in own.items()}
     found = vocabulary_files.special_ids(
       self.path, own=own, special=self.special,
@@ -142,6 +142,7 @@ class SentencePieceVocabulary:
     self.vocab_size: int = max([self._pieces, *(i + 1 for i in found.values() if i is not None)])
     self.eos_id, self.bos_id, self.unk_id = found['eos'], found['bos'], found['unk']
     self.pad_id: int = found['pad'] or 0
+    self.mask_id: int | None = found['mask']
     self._dropped = {found['pad'], self.eos_id, self.bos_id} - {self.unk_id}
     # The ids that stand for U+2581 in a model of our own, which spells any byte. In the others it
     # stays what they take it for, a space.
@@ -274,6 +275,10 @@ def describe(vocabulary: Vocabulary, *, directory: str | None = None) -> dict[st
                'extra_ids': vocabulary.extra_ids,
                **{k: getattr(vocabulary, k)
                   for k in ('vocab_size', 'pad_id', 'eos_id', 'bos_id', 'unk_id')}}
+  # Only what there is, so that stores without keep their fingerprints.
+  for name, usual in (('sentinels', vocabulary.extra_ids), ('mask_id', None)):
+    if (value := getattr(vocabulary, name, usual)) != usual:
+      described[name] = value
   if vocabulary.path is not None:
     described['file'] = 'vocabulary' + os.path.splitext(vocabulary.path)[1]
     if directory is not None and vocabulary.model is not None:

@@ -10,7 +10,7 @@ from typing import Any
 from t5x_like import names
 
 Special = Mapping[str, str | int | None]
-ROLES = ('bos', 'eos', 'pad', 'unk')
+ROLES = ('bos', 'eos', 'pad', 'unk', 'mask')
 
 
 @functools.lru_cache(maxsize=8)
@@ -63,6 +63,8 @@ def special_ids(path: str | None, *, own: Mapping[str, int | None], special: Spe
       raise ValueError(f'{role!r} is no role of a special token; allowed: {", ".join(ROLES)}')
     if isinstance(token, str):
       known = tokens()
+      if token not in known and role == 'mask':
+        continue  # Many files name one that they do not have, and only masking needs it.
       if token not in known:
         raise ValueError(f'{path} has no token {token!r}{names.suggest(token, known)} It is to be '
                          f'{role}: name another with {role}=')
