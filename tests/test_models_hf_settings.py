@@ -174,6 +174,14 @@ def test_neox_reads_base_and_share_under_its_own_older_names():
   assert (older.rope_theta, older.rotary_dim) == (123.0, 48)
 
 
+def test_the_first_files_of_falcon_40b_are_of_the_new_architecture():
+  first = {'hidden_size': 64, 'n_head': 8, 'n_layer': 2, 'parallel_attn': True, 'alibi': False}
+  config = read('RefinedWeb', **first, n_head_kv=2)
+  assert (config.kv_heads, config.block, config.layers) == (2, 'parallel_norms', 2)
+  config = read('RefinedWebModel', **first, multi_query=True)
+  assert (config.kv_heads, config.block) == (1, 'parallel')
+
+
 def test_phi3_s_first_length_is_the_one_outside_the_scaling():
   factors = {'short_factor': [1.0] * 48, 'long_factor': [2.0] * 48}
   for kind in ('longrope', 'su', 'yarn'):

@@ -20,7 +20,8 @@ def _read(c: Settings) -> DecoderConfig:
   c.only('apply_residual_connection_post_layernorm', False, default=False)
   embed = c.get('hidden_size', 'n_embed')
   heads = c.get('num_attention_heads', 'n_head')
-  new = c.get('new_decoder_architecture', default=False)
+  # The first files of 40B say it by their count of groups alone.
+  new = c.get('new_decoder_architecture', default=c.get('n_head_kv', default=None) is not None)
   many = c.get('multi_query', default=True)
   listed = c.get('num_kv_heads', 'n_head_kv', default=heads)
   alibi = c.get('alibi', default=False)
