@@ -61,7 +61,7 @@ def plan(wanted: Mapping[str, Any], saved: Mapping[str, Sequence[int]],
       why = 'no rule matches' if match is None else 'as its rule says'
       outcomes.append(Outcome(path, 'initialised', why=why))
       continue
-    source = match.expand(source)
+    source = _expand(match, source)
     if source not in saved:
       outcomes.append(Outcome(path, 'initialised', source, 'not in the checkpoint'))
     elif tuple(saved[source]) != tuple(leaf.shape):
@@ -76,6 +76,30 @@ def plan(wanted: Mapping[str, Any], saved: Mapping[str, Sequence[int]],
   return outcomes
 
 
+def _expand(match: re.Match[str], source: str) -> str:
+  try:
+    return match.expand(source)
+  except (re.error, IndexError) as error:
+    raise ValueError(f'rule ({match.re.pattern!r}, {source!r}): {error}; groups of the first are '
+                     f'numbered from 1') from None
+
+
+def _checked(rules: Any) -> list[tuple[str, str | None]]:
+  """Rules that are pairs of a regex and a name."""
+  wanted = "a list of (regex of the model's path, name in the checkpoint or None)"
+  if isinstance(rules, str):
+    raise ValueError(f'Partial rules={rules!r}: must be {wanted}')
+  for rule in rules:
+    if not (isinstance(rule, Sequence) and len(rule) == 2 and isinstance(rule[0], str)
+            and (rule[1] is None or isinstance(rule[1], str))):
+      raise ValueError(f'Partial rules: {rule!r} is no rule; they are {wanted}')
+    try:
+      re.compile(rule[0])
+    except re.error as error:
+      raise ValueError(f'Partial rules: {rule[0]!r} is no regex: {error}') from None
+  return [(pattern, source) for pattern, source in rules]
+
+
 class Partial:
   """Parameters of a checkpoint for a model that is not quite its own; see `plan`."""
 
@@ -86,7 +110,7 @@ class Partial:
     """Makes the restore; nothing is read yet.
 
     Args:
-      checkpoint: directory of checkpoints, imported or of a run.
+      checkpoint: directory of checkpoints, imported or of a run, or one of them.
       rules: see `plan`; by default every parameter has the name it has there.
       step: which checkpoint; None takes the newest good one.
       which: the trained weights, their average, or ('evaluated') the average if there is one.
@@ -97,7 +121,7 @@ class Partial:
     if refused not in ('stop', 'initialise'):
       raise ValueError(f"Partial refused={refused!r}: allowed are 'stop' and 'initialise'")
     self.checkpoint, self.step, self.which, self.refused = checkpoint, step, which, refused
-    self.rules = [(pattern, source) for pattern, source in rules]
+    self.rules = _checked(rules)
 
   def __call__(self, params: Any) -> Any:
     """Fills parameters in, and tells of each what became of it.
@@ -116,6 +140,9 @@ class Partial:
     outcomes = plan(wanted, saved, self.rules)
     if jax.process_index() == 0:
       print('\n'.join(map(str, outcomes)), file=sys.stderr)
+      left = sorted(saved.keys() - {one.source for one in outcomes if one.how == 'restored'})
+      if left:
+        print(f'not used of {path}: {", ".join(left)}', file=sys.stderr)
     refused = [str(o) for o in outcomes if o.how == 'refused']
     if refused and self.refused == 'stop':
       raise ValueError(f'{path}: parameters of another shape; give each a rule with None, or set '
@@ -135,12 +162,16 @@ class Partial:
 
   def _source(self) -> tuple[str, str, dict[str, Any]]:
     """The checkpoint, the tree in it, and all that it holds."""
-    steps = checkpoints.steps(self.checkpoint)
-    if not steps or (self.step is not None and self.step not in steps):
-      wanted = '' if self.step is None else f' of step {self.step}'
-      raise ValueError(f'no complete checkpoint{wanted} in {self.checkpoint}; there are '
+    directory, step = str(self.checkpoint).rstrip('/'), self.step
+    parent, _, last = directory.rpartition('/')
+    if step is None and last.isdigit() and int(last) in checkpoints.steps(parent or '.'):
+      directory, step = parent or '.', int(last)
+    steps = checkpoints.steps(directory)
+    if not steps or (step is not None and step not in steps):
+      wanted = '' if step is None else f' of step {step}'
+      raise ValueError(f'no complete checkpoint{wanted} in {directory}; there are '
                        f'{steps or "none"}')
-    path = f'{self.checkpoint}/{steps[-1] if self.step is None else self.step}'
+    path = f'{directory}/{steps[-1] if step is None else step}'
     try:
       tensors = checkpoints.read_manifest(path)['tensors']
     except integrity.Damaged as error:

@@ -81,6 +81,14 @@ def test_special_tokens_in_a_text_are_one_id(name):
 
 
 @pytest.mark.parametrize('name', FILES)
+def test_half_a_character_and_ids_of_nothing_are_no_crash(name):
+  vocabulary = open_one(name)
+  with pytest.raises(ValueError, match=r"half a character, '\\ud83d' at 3, after 'abc'"):
+    vocabulary.encode('abc\ud83d')
+  assert vocabulary.decode([-1, 10**6, 2**40]) == ''
+
+
+@pytest.mark.parametrize('name', FILES)
 def test_a_store_and_a_process_bring_back_the_same_vocabulary(name, tmp_path):
   vocabulary, ids = open_one(name), FILES[name][1]
   described = vocabularies.describe(vocabulary, directory=str(tmp_path))

@@ -93,9 +93,11 @@ def test_settings_and_tokenizer_files_are_kept(tmp_path):
   names = ('tokenizer.json', 'tokenizer.model')
   for name in names:
     shutil.copy(golden_hf.FOLDER / 'tokenizers' / 'sp_bpe_llama' / name, theirs)
-  (theirs / 'generation_config.json').write_text('{"bos_token_id": 1}')
+  others = ('generation_config.json', 'chat_template.json', 'sentencepiece.bpe.model')
+  for name in others:
+    (theirs / name).write_text(f'{{"bos_token_id": 1, "of": "{name}"}}')
   out = pathlib.Path(importing.import_folder(str(theirs), out=str(tmp_path / 'out')))
-  for name in (*names, 'generation_config.json', 'config.json'):
+  for name in (*names, *others, 'config.json'):
     assert (out / 'hf' / name).read_bytes() == (theirs / name).read_bytes()
   assert sorted(p.name for p in out.iterdir()) == ['0', 'hf', 'model.gin']
 

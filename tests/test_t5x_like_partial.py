@@ -87,6 +87,26 @@ def test_what_has_no_effect_is_refused(saved):
     partial.Partial(checkpoint=path, which='ema')(mine)
 
 
+@pytest.mark.parametrize('rules, message', [
+    ([('(', r'\1')], r"'\(' is no regex: missing \)"),
+    ([('(.*)', r'\2')], r'invalid group reference 2.*numbered from 1'),
+    ([('a', 'b', 'c')], r"\('a', 'b', 'c'\) is no rule; they are a list of \(regex"),
+    ([('.*', 3)], r"\('.*', 3\) is no rule"), ('head/.*', "rules='head/.*': must be a list"),
+])
+def test_what_is_no_rule_is_named(saved, rules, message):
+  path, _ = saved
+  with pytest.raises(ValueError, match=message):
+    partial.Partial(checkpoint=path, rules=rules)(_params(_model(), seed=1))
+
+
+def test_one_checkpoint_is_named_by_its_own_folder_and_what_is_not_used_is_told(saved, capsys):
+  path, source = saved
+  mine = _params(_model(embeddings='tied'), seed=1)
+  found = partial.Partial(checkpoint=f'{path}/1')(mine)
+  assert toy.tree_equal(found['embed'], source['embed'])
+  assert f'not used of {path}/1: head/kernel' in capsys.readouterr().err
+
+
 def test_a_run_starts_from_parts_of_another(saved, tmp_path, capsys):
   path, source = saved
   settings = {'MODEL_DIR': f'"{tmp_path / "new"}"', 'SOURCES': '"toy"', 'TRAIN_STEPS': 2,

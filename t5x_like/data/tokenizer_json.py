@@ -73,16 +73,22 @@ class TokenizerJsonVocabulary:
 
   def encode(self, text: str) -> list[int]:
     """Returns the ids of a text, without special tokens around it; those it names are one id."""
-    return self._tokenizer.encode(text, add_special_tokens=False).ids
+    return self._encode(text, add_special_tokens=False)
 
   def encode_with_special(self, text: str) -> list[int]:
     """Returns the ids of a text with the special tokens that the file puts around it."""
-    return self._tokenizer.encode(text, add_special_tokens=True).ids
+    return self._encode(text, add_special_tokens=True)
+
+  def _encode(self, text: str, *, add_special_tokens: bool) -> list[int]:
+    try:
+      return self._tokenizer.encode(text, add_special_tokens=add_special_tokens).ids
+    except TypeError:  # What the library says of half a character is that it is no text.
+      raise vocabulary_files.no_text(text) from None
 
   def decode(self, ids: Iterable[int]) -> str:
     """Returns the text of ids, up to the first EOS; special tokens are dropped."""
     kept = [i for i in vocabulary_files.until(ids, self.eos_id)
-            if i < self._base and i != self.eos_id]
+            if 0 <= i < self._base and i != self.eos_id]
     return self._tokenizer.decode(kept, skip_special_tokens=True)
 
   def decode_with_special(self, ids: Iterable[int]) -> str:

@@ -154,6 +154,12 @@ class SentencePieceVocabulary:
 
   def encode(self, text: str) -> list[int]:
     """Returns the ids of a text, without EOS."""
+    try:
+      return self._encode(text)
+    except RuntimeError:  # What the library says of half a character.
+      raise vocabulary_files.no_text(text) from None
+
+  def _encode(self, text: str) -> list[int]:
     if self.escape_ids is None or ESCAPE not in text:
       return self._processor.encode(text)
     ids: list[int] = []
@@ -164,7 +170,7 @@ class SentencePieceVocabulary:
   def decode(self, ids: Iterable[int]) -> str:
     """Returns the text of ids, up to the first EOS; padding is dropped."""
     kept = [i for i in vocabulary_files.until(ids, self.eos_id)
-            if i not in self._dropped and i < self._pieces]
+            if i not in self._dropped and 0 <= i < self._pieces]
     return self._processor.decode(kept)
 
   def encode_with_special(self, text: str) -> list[int]:

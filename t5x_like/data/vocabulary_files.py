@@ -39,6 +39,13 @@ def until(ids: Iterable[int], eos_id: int | None) -> list[int]:
   return kept[:kept.index(eos_id)] if eos_id is not None and eos_id in kept else kept
 
 
+def no_text(text: str) -> ValueError:
+  """Returns the error for a text that cannot be encoded, which names the place."""
+  at = next((i for i, c in enumerate(text) if '\ud800' <= c <= '\udfff'), 0)
+  return ValueError(f'the text holds half a character, {text[at:at + 1]!a} at {at}, after '
+                    f'{text[max(0, at - 20):at]!a}; is it UTF-8?')
+
+
 def fingerprint(kind: str, model: bytes, *rest: Any) -> str:
   """Returns a hash (hex) of a vocabulary's kind, file and settings."""
   return hashlib.sha256(json.dumps([kind, *rest]).encode() + b'\0' + model).hexdigest()

@@ -19,8 +19,9 @@ from t5x_like.state import Structure
 CONFIG = 'config.json'
 # What an export needs besides the weights; all of it is small.
 KEPT = (CONFIG, 'generation_config.json', 'tokenizer.json', 'tokenizer.model', 'spiece.model',
-        'vocab.json', 'vocab.txt', 'merges.txt', 'special_tokens_map.json', 'added_tokens.json',
-        'tokenizer_config.json', 'chat_template.jinja')
+        'sentencepiece.bpe.model', 'sentencepiece.model', 'vocab.json', 'vocab.txt', 'merges.txt',
+        'special_tokens_map.json', 'added_tokens.json', 'tokenizer_config.json',
+        'chat_template.jinja', 'chat_template.json')
 Unknown = Literal['refuse', 'ignore']
 
 
