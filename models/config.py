@@ -197,9 +197,10 @@ class DecoderConfig:
                        f'number of the {self.width_of_head} head dimensions')
 
   def _check_combinations(self):
-    if self.position == 'relative' and not 4 <= self.relative_buckets <= self.relative_distance:
-      raise ValueError(f'DecoderConfig.relative_buckets={self.relative_buckets} must be at least 4 '
-                       f'and at most relative_distance={self.relative_distance}')
+    if self.position == 'relative' and not (
+        4 <= self.relative_buckets and self.relative_buckets // 2 < self.relative_distance):
+      raise ValueError(f'DecoderConfig.relative_buckets={self.relative_buckets} must be at least '
+                       f'4, and half of it below relative_distance={self.relative_distance}')
     if 'local' in self.pattern and self.window is None and self.local_rope_theta is None:
       raise ValueError("DecoderConfig.pattern has 'local' layers; set their window")
     if self.window is not None and (self.window < 1 or 'local' not in self.pattern):

@@ -4,6 +4,7 @@ Letters: B batch, L length, D embed, V vocab.
 """
 
 import dataclasses
+from typing import get_args
 
 import jax
 import jax.numpy as jnp
@@ -12,7 +13,7 @@ from jaxtyping import Array, Float, Int, Key
 
 from models import attention, decoder, layers
 from models import positions as positions_lib
-from models.config import DecoderConfig
+from models.config import Activation, DecoderConfig
 from partitioning import rules
 
 
@@ -24,14 +25,22 @@ class EncoderConfig:
     stack: the blocks, the embeddings and the vocabulary; 'residual' norms end in one, so that only
       the others have another norm after the last block.
     types: entries of the table of token types, which is added to the embedded tokens; 0: none.
-    first_position: entry of the learned positions that a document's first token has.
+    first_position: entry of the learned positions that a document's first token has. Above 0, the
+      entry before it is that of padding, the token of the same id.
+    head_activation: of the head; None: as in the blocks.
   """
 
   stack: DecoderConfig
   types: int = 0
   first_position: int = 0
+  head_activation: Activation | None = None
 
   def __post_init__(self):
+    if self.head_activation not in (None, *get_args(Activation)):
+      raise ValueError(f'EncoderConfig.head_activation={self.head_activation!r}; allowed: '
+                       f'{", ".join(get_args(Activation))}')
+    if self.head_activation == self.stack.activation:
+      object.__setattr__(self, 'head_activation', None)
     if self.types < 0 or self.first_position < 0:
       raise ValueError(f'EncoderConfig.types={self.types} and first_position='
                        f'{self.first_position} must be 0 or more')
@@ -68,7 +77,7 @@ class EncoderConfig:
 class Encoder(nnx.Module):
   """Token ids to logits of the token at every place.
 
-  The head is BERT's: a square layer, the MLP's activation and a norm before the output table.
+  The head is BERT's: a square layer, an activation and a norm before the output table.
   """
 
   def __init__(self, config: EncoderConfig, rngs: nnx.Rngs):
@@ -99,7 +108,8 @@ class Encoder(nnx.Module):
 
     Args:
       inputs: token ids in [0, vocab).
-      positions: position of each token in its document, from 0; None counts from the row's start.
+      positions: position of each token in its document, from 0; None counts from the row's start,
+        leaving out the padding that `first_position` speaks of.
       segment_ids: document of each token (0 is padding); tokens attend only within their own.
       types: type of each token; None: all 0.
       dropout_key: None disables dropout.
@@ -110,7 +120,7 @@ class Encoder(nnx.Module):
     """
     x = self.encode(inputs, positions=positions, segment_ids=segment_ids, types=types,
                     dropout_key=dropout_key)
-    act = layers.ACTIVATIONS[self.config.stack.activation]
+    act = layers.ACTIVATIONS[self.config.head_activation or self.config.stack.activation]
     x = self.transform_norm(act(self.transform(x, ('embed',))))
     logits = self.embed.attend(x) if self.head is None else self.head(x, ('vocab',))
     if self.head_bias is not None:
@@ -130,7 +140,7 @@ class Encoder(nnx.Module):
                        f'positions from first_position={self.config.first_position} on')
     if types is not None and self.types is None:
       raise ValueError('token types are given, but EncoderConfig.types=0 has no table for them')
-    positions = decoder.counted(inputs) if positions is None else positions
+    positions = self._counted(inputs) if positions is None else positions
     x = self.embed(inputs)
     if self.position is not None:
       x = x + self.position(positions + self.config.first_position, x.dtype)
@@ -144,6 +154,13 @@ class Encoder(nnx.Module):
     x, _ = decoder.run_layers(stack, self.layers, x, mask=mask, layer_keys=layer_keys,
                               bias=bias, tables=positions_lib.rotary_tables(stack, positions))
     return x if self.norm is None else self.norm(x)
+
+  def _counted(self, inputs: Int[Array, 'B L']) -> Int[Array, 'B L']:
+    padding = self.config.first_position - 1
+    if padding < 0:
+      return decoder.counted(inputs)
+    real = (inputs != padding).astype(jnp.int32)
+    return jnp.cumsum(real, axis=1) * real - 1
 
 
 class Types(nnx.Module):

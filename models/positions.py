@@ -180,7 +180,7 @@ def buckets_of(distance: np.ndarray, *, buckets: int, longest: int) -> np.ndarra
   Args:
     distance: integers of at least 0.
     buckets: how many; the last holds every distance from `longest` on.
-    longest: above buckets / 2.
+    longest: above buckets // 2.
   Returns:
     Integers in [0, buckets).
   """

@@ -100,9 +100,11 @@ def test_stacks_that_do_not_go_together_are_refused(changes, text):
 
 
 def test_buckets_that_cannot_be_told_apart_are_refused():
-  with pytest.raises(ValueError, match='relative_buckets=13 must be at least 4 and at most '
-                                       'relative_distance=12'):
-    dataclasses.replace(_STACK, relative_buckets=13)
+  with pytest.raises(ValueError, match='relative_buckets=24 must be at least 4, and half of it '
+                                       'below relative_distance=12'):
+    dataclasses.replace(_STACK, relative_buckets=24)
+  with pytest.raises(ValueError, match='relative_buckets=3 must be at least 4'):
+    dataclasses.replace(_STACK, relative_buckets=3)
 
 
 def test_flops_count_what_the_encoder_does():

@@ -13,6 +13,7 @@ import numpy as np
 from models import hf
 from models.config import DecoderConfig
 from models.hf import table
+from models.hf.files import Stored
 from models.hf.settings import Settings
 
 
@@ -34,6 +35,10 @@ class Family:
     ignored: regexes of tensors that hold nothing learned; tried after the renames.
     layouts: other name tables that files are read by, where their names are in the file.
     constants: tensors an export has that hold nothing learned, by name.
+    spare: tensors that nothing is computed with where another one is in the file, and that one.
+    settle: (settings, tensors of the file) to the settings that the tensors decide: they replace
+      those of the file.
+    architectures: `architecture` of the model types that have another one.
   """
 
   name: str
@@ -48,6 +53,10 @@ class Family:
   ignored: tuple[str, ...] = ()
   layouts: tuple[Callable[[Any], Sequence[table.Row]], ...] = ()
   constants: Callable[[Any], Mapping[str, np.ndarray]] = lambda config: {}
+  spare: Mapping[str, str] = dataclasses.field(default_factory=dict)
+  settle: Callable[[Mapping[str, Any], Mapping[str, Stored]], dict[str, Any]] = (
+      lambda values, stored: {})
+  architectures: Mapping[str, str] = dataclasses.field(default_factory=dict)
 
   def canonical(self, name: str) -> str | None:
     """The table's spelling of a tensor's name; None if it holds nothing learned."""

@@ -27,7 +27,7 @@ HARMLESS = frozenset('''
     id2label label2id num_labels problem_type finetuning_task auto_map quantization_config
     pretraining_tp init_device init_config model_type task_specific_params n_ctx
     gradient_checkpointing chunk_size_feed_forward tokenizer_class prefix torchscript
-    embedding_fraction reorder_and_upcast_attn scale_decoder_outputs router_aux_loss_coef
+    embedding_fraction reorder_and_upcast_attn router_aux_loss_coef
     router_jitter_noise tie_encoder_decoder pruned_heads use_bfloat16 verbose cache_implementation
     rotary max_length min_length do_sample num_beams temperature top_k top_p n_special
     predict_special_tokens repetition_penalty length_penalty diversity_penalty num_beam_groups

@@ -44,7 +44,8 @@ def match(family: Family, rows: Sequence[table.Row], leaves: Mapping[str, table.
   expected = {place.theirs: place for place in table.places(rows, leaves)}
   missing, extra = sorted(expected.keys() - names.keys()), sorted(names.keys() - expected.keys())
   # A tied head is often stored beside the table it is tied to.
-  extra = [name for name in extra if not _is_copy(name, expected, names, stored)]
+  extra = [name for name in extra if family.spare.get(name) not in expected.keys() & names.keys()
+           and not _is_copy(name, expected, names, stored)]
   problems += [f'missing: {name} {list(expected[name].shape)}{_near(name, extra)}'
                for name in missing]
   problems += [f'unexpected: {names[name]} {list(stored[names[name]].shape)}'

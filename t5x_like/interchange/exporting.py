@@ -65,9 +65,10 @@ def export(checkpoint: str, *, out: str, model: Any = None, dtype: DType = 'as_i
     raise ValueError(f'{out} exists already; give a new folder, or remove it')
   path, reader = _open(checkpoint, step)
   kept = os.path.join(os.path.dirname(path), importing.KEPT)
-  original = folder.settings(kept).values if os.path.isdir(kept) else {}
-  config = _config(model, kept, original)
   imported = reader.body['extra'].get('imported', {})
+  original = folder.settings(kept).values if os.path.isdir(kept) else {}
+  original.update(imported.get('settled', {}) if original else {})
+  config = _config(model, kept, original)
   chosen = choose(config, family, str(imported.get('model_type', '')))
   root = _root(reader, which, path)
   made = chosen.model(config=config)
@@ -173,15 +174,20 @@ def settings(family: family_lib.Family, config: Any, original: Mapping[str, Any]
   written = family.write(config)
   if spelling == 'older':
     written = family.older(written)
-  same = original.get('model_type') in family.model_types
-  read = Settings({'model_type': family.model_types[0], **written})
+  read = Settings({'model_type': original.get('model_type'), **written})
+  # Model types of a family may differ in what the same settings mean.
+  same = (original.get('model_type') in family.model_types
+          and family_lib.structure(family.read(read)) == family_lib.structure(config))
+  kind = original['model_type'] if same else family.model_types[0]
+  read = Settings({'model_type': kind, **written})
   family.read(read)
   # What the family itself reads comes from the configuration alone.
   kept = {name: value for name, value in original.items()
           if name in HARMLESS - _OURS - read.read - written.keys()}
   return {**kept, **written,
-          'model_type': original['model_type'] if same else family.model_types[0],
-          'architectures': (same and original.get('architectures')) or [family.architecture],
+          'model_type': kind,
+          'architectures': (same and original.get('architectures')) or [
+              family.architectures.get(kind, family.architecture)],
           'dtype' if spelling == 'current' else 'torch_dtype': _TORCH[dtype]}
 
 
@@ -205,7 +211,7 @@ def _config(model: Any, kept: str, original: Mapping[str, Any]) -> Any:
   if not original:
     raise ValueError(f'{kept} is not there, so the model is not known; give the configuration of '
                      f'the run that made the checkpoint: --gin_file=RUN/config.gin')
-  return folder.configuration(folder.settings(kept), 'ignore')[1]
+  return folder.configuration(Settings(original, kept), 'ignore')[1]
 
 
 def _root(reader: arrays.Reader, which: Which, path: str) -> str:

@@ -35,6 +35,7 @@ class Folder:
     config: ours.
     values: its parsed config.json.
     stored: its tensors by name.
+    settled: settings that its tensors decide, in `values` too.
   """
 
   path: str
@@ -42,6 +43,7 @@ class Folder:
   config: Any
   values: dict[str, Any]
   stored: dict[str, files.Stored]
+  settled: dict[str, Any] = dataclasses.field(default_factory=dict)
 
   def fingerprint(self, **more: Any) -> str:
     """A hash that changes with the settings, any file's size or time, and anything in `more`."""
@@ -182,22 +184,42 @@ def load(path: str, unknown: Unknown = 'refuse') -> Folder:
   """
   path = os.path.abspath(os.path.expanduser(path))
   read = settings(path)
+  check_readable(read)
+  family, stored = family_lib.of_settings(read.values, read.where), files.tensors(path)
+  settled = family.settle(read.values, stored)
+  read = Settings({**read.values, **settled}, read.where)
+  family, config = configuration(read, unknown)
+  stored = whole_names(family, config, stored)
+  kinds = {s.dtype for s in stored.values()}
+  # Computing follows the file: what was trained in bfloat16 runs in it.
+  config = computing_in('bfloat16' if 'BF16' in kinds else 'float32', config)
+  return Folder(path, family, config, read.values, stored, settled)
+
+
+def check_readable(read: Settings) -> None:
+  """Refuses settings of weights that no table reads.
+
+  Args:
+    read: from `settings`.
+  Raises:
+    ValueError: the weights are quantised.
+  """
   quantised = read.values.get('quantization_config')
   if quantised:
     method = quantised.get('quant_method') if isinstance(quantised, dict) else quantised
     raise ValueError(f'{read.where}: the weights are quantised (quantization_config, method '
                      f'{method!r}), which no table reads; import the model they were made from')
-  family, config = configuration(read, unknown)
-  stored = _whole_names(family, config, files.tensors(path))
-  kinds = {s.dtype for s in stored.values()}
-  # Computing follows the file: what was trained in bfloat16 runs in it.
-  config = computing_in('bfloat16' if 'BF16' in kinds else 'float32', config)
-  return Folder(path, family, config, read.values, stored)
 
 
-def _whole_names(family: family_lib.Family, config: Any, stored: dict[str, files.Stored]
-                 ) -> dict[str, files.Stored]:
-  """Tensors by the names a whole model has, where a model without its head was saved."""
+def whole_names(family: family_lib.Family, config: Any, stored: dict[str, files.Stored]
+                ) -> dict[str, files.Stored]:
+  """Tensors by the names a whole model has, where a model without its head was saved.
+
+  Args:
+    family: of the file.
+    config: ours.
+    stored: by the names in the file.
+  """
   first = {row.theirs.format(layer=row.first, expert=0) for row in family.rows(config)}
   tops = [name.partition('.')[0] for name in first]
   top = max(tops, key=tops.count)

@@ -187,7 +187,8 @@ class _Job:
     extra = {'imported': {
         'family': found.family.name, 'model_type': found.values['model_type'], 'dtype': usual,
         'other_dtypes': {place.theirs: kinds[name] for place, name in self.pairs
-                         if kinds[name] != usual}}}
+                         if kinds[name] != usual},
+        **({'settled': found.settled} if found.settled else {})}}
     body = {'format': integrity.FORMAT, 'step': int(_STEP), 'tensors': tensors, 'extra': extra}
     arrays.frame(os.path.join(work, _STEP), arrays=os.path.join(work, _ARRAYS),
                  manifest=integrity.seal(body))
