@@ -3,6 +3,9 @@
   python -m t5x_like.convert import HF_DIR --out DIR      a checkpoint, DIR/model.gin, DIR/hf
   python -m t5x_like.convert export DIR --out HF_DIR      .safetensors, config.json, tokenizer
   python -m t5x_like.convert verify HF_DIR DIR            our logits beside those of transformers
+
+With --dry_run, import and export read settings and headers only, show every parameter with its
+tensors, and list all that is wrong; nothing is written.
 """
 
 import sys
@@ -23,7 +26,7 @@ from typing import Any, Literal
 from jax.sharding import Mesh
 
 from partitioning import rules as rules_lib
-from t5x_like.interchange import comparing, exporting, folder, importing
+from t5x_like.interchange import comparing, exporting, folder, importing, planning
 
 
 def import_model(hf_dir: str, *, out: str, mesh: Mesh | None = None,
@@ -47,3 +50,12 @@ def verify(hf_dir: str, checkpoint: str, *, step: int | None = None
            ) -> dict[str, comparing.Difference]:
   """Compares a checkpoint with transformers; see `t5x_like.interchange.comparing.verify`."""
   return comparing.verify(hf_dir, checkpoint, step=step)
+
+
+def dry_run(hf_dir: str | None = None, **settings: Any) -> list[planning.Parameter]:
+  """Shows what an import or an export would do; see `t5x_like.interchange.planning`."""
+  if hf_dir is None:
+    return planning.show_export(**settings)
+  if 'checkpoint' in settings:
+    raise ValueError('verify writes nothing and has no --dry_run; leave it out')
+  return planning.show_import(hf_dir, **settings)

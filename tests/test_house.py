@@ -303,11 +303,14 @@ def test_there_are_entry_points():
 
 # Every command that the documentation shows, as it is written there, and the test that runs it.
 _BENCH = 'tests/test_experiments_bench.py::test_script_measures_the_data_from_anywhere'
+_DRY_RUN = 'tests/test_t5x_like_interchange_planning.py::test_commands_of_the_documentation'
 _COMMANDS: dict[str, str] = {
   'python -m t5x_like.convert import llama --out runs/llama':
     'tests/test_t5x_like_interchange_importing.py::test_commands_of_the_documentation',
   'python -m t5x_like.convert export runs/llama --out llama-again':
     'tests/test_t5x_like_interchange_importing.py::test_commands_of_the_documentation',
+  'python -m t5x_like.convert import llama --out runs/llama --dry_run': _DRY_RUN,
+  'python -m t5x_like.convert export runs/llama --out llama-again --dry_run': _DRY_RUN,
   './scripts/quickstart': 'tests/test_scripts.py::test_quickstart_from_a_folder_of_text',
   './scripts/test': '.ci/run runs it',
   './scripts/setup dev': 'tests/test_packaging.py::test_setup_refuses_another_python_clearly',

@@ -8,7 +8,7 @@ import os
 import shutil
 import sys
 from collections.abc import Iterator, Mapping
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 
@@ -24,13 +24,43 @@ from t5x_like.interchange import arrays, folder, importing, safetensors
 
 DType = Literal['as_imported', 'f32', 'bf16', 'f16']
 Which = Literal['params', 'ema', 'evaluated']
-_DTYPES = {'f32': 'F32', 'bf16': 'BF16', 'f16': 'F16'}
+DTYPES = {'f32': 'F32', 'bf16': 'BF16', 'f16': 'F16'}
 _BLOCK = 1 << 20
 _MARK = '.exporting'  # says that an unfinished folder is ours
 _TORCH = {'F64': 'float64', 'F32': 'float32', 'F16': 'float16', 'BF16': 'bfloat16'}
 # Harmless, but about the weights that were: what is written decides them.
 _OURS = {'dtype', 'torch_dtype', 'model_type', 'architectures', 'quantization_config', 'auto_map',
          'transformers_version', '_name_or_path'}
+
+
+class Plan(NamedTuple):
+  """An export before a tensor is read.
+
+  Attributes:
+    path: of the checkpoint.
+    reader: of its arrays.
+    kept: folder of the imported settings and tokenizer files, which may be absent.
+    original: the imported settings, or {}.
+    family: to write as.
+    config: ours.
+    root: which weights: 'params' or 'ema'.
+    leaves: our parameters.
+    places: their tensors.
+    constants: tensors that hold nothing learned.
+    planned: what will be written.
+  """
+
+  path: str
+  reader: arrays.Reader
+  kept: str
+  original: dict[str, Any]
+  family: family_lib.Family
+  config: Any
+  root: str
+  leaves: dict[str, table.Leaf]
+  places: list[table.Place]
+  constants: Mapping[str, np.ndarray]
+  planned: list[safetensors.Planned]
 
 
 def export(checkpoint: str, *, out: str, model: Any = None, dtype: DType = 'as_imported',
@@ -54,15 +84,60 @@ def export(checkpoint: str, *, out: str, model: Any = None, dtype: DType = 'as_i
     ValueError: no such checkpoint, no family can express the model, or damage; nothing is left
       behind.
   """
-  for name, value, allowed in (('dtype', dtype, ('as_imported', *_DTYPES)),
-                               ('spelling', spelling, ('current', 'older')),
-                               ('which', which, ('params', 'ema', 'evaluated'))):
-    if value not in allowed:
-      raise ValueError(f'{name}={value!r}; allowed: {", ".join(allowed)}')
+  check_flags(dtype=dtype, spelling=spelling, which=which)
   limit = safetensors.size(shard_size)
+  out = free(out)
+  plan = prepare(checkpoint, model=model, dtype=dtype, family=family, step=step, which=which)
+  chosen, planned = plan.family, plan.planned
+  values = settings(chosen, plan.config, plan.original, dtype=planned[0].dtype, spelling=spelling)
+  ended = folder.told(f'the export into {out}', after='run the same command again')
+  with ended, _target(out) as work:
+    written = safetensors.write(
+        work, planned, _tensors(plan.reader, plan.root, plan.places, planned, plan.leaves,
+                                plan.constants), shard_size=limit)
+    plan.reader.check()
+    if plan.original:
+      folder.keep_files(plan.kept, work)
+    with open(os.path.join(work, folder.CONFIG), 'w', encoding='utf-8') as file:
+      json.dump(values, file, indent=2, sort_keys=True)
+      file.write('\n')
+  print(f'exported {len(planned)} tensors as {chosen.name} in {len(written)} file'
+        f'{"s" * (len(written) > 1)} to {out}', file=sys.stderr)
+  return out
+
+
+def check_flags(**given: str) -> None:
+  """Refuses a value that a flag does not have.
+
+  Args:
+    **given: dtype, spelling and which.
+  Raises:
+    ValueError: naming the flag and what is allowed.
+  """
+  allowed = {'dtype': ('as_imported', *DTYPES), 'spelling': ('current', 'older'),
+             'which': ('params', 'ema', 'evaluated')}
+  for name, value in given.items():
+    if value not in allowed[name]:
+      raise ValueError(f'{name}={value!r}; allowed: {", ".join(allowed[name])}')
+
+
+def free(out: str) -> str:
+  """The whole path of a folder that must not exist.
+
+  Args:
+    out: as it was given.
+  Raises:
+    ValueError: it exists.
+  """
   out = os.path.abspath(os.path.expanduser(out))
   if os.path.exists(out):
     raise ValueError(f'{out} exists already; give a new folder, or remove it')
+  return out
+
+
+def prepare(checkpoint: str, *, model: Any, dtype: DType, family: str | None, step: int | None,
+            which: Which) -> Plan:
+  """Finds out what an export would write; arguments and errors as `export`."""
   path, reader = _open(checkpoint, step)
   kept = os.path.join(os.path.dirname(path), importing.KEPT)
   imported = reader.body['extra'].get('imported', {})
@@ -77,22 +152,8 @@ def export(checkpoint: str, *, out: str, model: Any = None, dtype: DType = 'as_i
   _check(reader, root, leaves, path)
   places = list(table.places(chosen.rows(config), leaves))
   constants = chosen.constants(config)
-  planned = _plan(places, constants, dtype=dtype, imported=imported)
-  values = settings(chosen, config, original, dtype=planned[0].dtype, spelling=spelling)
-  ended = folder.told(f'the export into {out}', after='run the same command again')
-  with ended, _target(out) as work:
-    written = safetensors.write(
-        work, planned, _tensors(reader, root, places, planned, leaves, constants),
-        shard_size=limit)
-    reader.check()
-    if original:
-      folder.keep_files(kept, work)
-    with open(os.path.join(work, folder.CONFIG), 'w', encoding='utf-8') as file:
-      json.dump(values, file, indent=2, sort_keys=True)
-      file.write('\n')
-  print(f'exported {len(planned)} tensors as {chosen.name} in {len(written)} file'
-        f'{"s" * (len(written) > 1)} to {out}', file=sys.stderr)
-  return out
+  return Plan(path, reader, kept, original, chosen, config, root, leaves, places, constants,
+              _plan(places, constants, dtype=dtype, imported=imported))
 
 
 @contextlib.contextmanager
@@ -238,7 +299,7 @@ def _check(reader: arrays.Reader, root: str, leaves: Mapping[str, table.Leaf], p
 
 def _plan(places: list[table.Place], constants: Mapping[str, np.ndarray], *, dtype: DType,
           imported: Mapping[str, Any]) -> list[safetensors.Planned]:
-  usual = imported.get('dtype', 'F32') if dtype == 'as_imported' else _DTYPES[dtype]
+  usual = imported.get('dtype', 'F32') if dtype == 'as_imported' else DTYPES[dtype]
   others = imported.get('other_dtypes', {}) if dtype == 'as_imported' else {}
   names = {value: key for key, value in files.DTYPES.items()}
   return [*(safetensors.Planned(p.theirs, others.get(p.theirs, usual), p.shape) for p in places),

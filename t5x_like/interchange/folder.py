@@ -114,6 +114,11 @@ def told(what: str, *, after: str) -> Iterator[None]:
                   ) from None
 
 
+def others(path: str) -> list[str]:
+  """Names of the files, besides config.json, that `keep_files` copies from a folder."""
+  return [name for name in KEPT if name != CONFIG and os.path.isfile(os.path.join(path, name))]
+
+
 def settings(path: str) -> Settings:
   """The settings of a folder.
 

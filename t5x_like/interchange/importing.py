@@ -26,7 +26,8 @@ DType = Literal['as_stored', 'float32', 'bfloat16', 'float16']
 KEPT = 'hf'  # folder of the settings and tokenizer files an export needs
 MODEL_FILE = 'model.gin'
 _JOURNAL, _ARRAYS, _STEP = 'journal.jsonl', 'arrays', '0'
-_OURS = {'F64': 'float32', 'F32': 'float32', 'F16': 'float16', 'BF16': 'bfloat16'}
+# What the dtypes of files become.
+DTYPES = {'F64': 'float32', 'F32': 'float32', 'F16': 'float16', 'BF16': 'bfloat16'}
 
 
 class NotFinite(ValueError):
@@ -50,16 +51,10 @@ def import_folder(hf_dir: str, *, out: str, mesh: Mesh | None = None,
   Raises:
     ValueError: what is wrong with the folder, all at once; nothing is left behind.
   """
-  if dtype not in ('as_stored', 'float32', 'bfloat16', 'float16'):
-    raise ValueError(f"dtype={dtype!r}; allowed: 'as_stored', 'float32', 'bfloat16', 'float16'")
-  if '://' in out:
-    raise ValueError(f'out={out!r}: an import is written to a local folder; copy it from there')
+  out = check_flags(out=out, dtype=dtype)
   if jax.process_count() > 1:
     raise ValueError(f'an import is the work of one process, but there are {jax.process_count()}; '
                      f'run it on one machine: its result restores onto any mesh')
-  out = os.path.abspath(os.path.expanduser(out))
-  if os.path.exists(out):
-    raise ValueError(f'{out} exists already; give a new directory, or remove it')
   found = folder.load(hf_dir, unknown)
   mesh = mesh_lib.make_mesh(devices=1) if mesh is None else mesh
   structure = state_lib.describe(found.family.model(config=found.config), mesh,
@@ -79,6 +74,27 @@ def import_folder(hf_dir: str, *, out: str, mesh: Mesh | None = None,
   total = sum(found.stored[name].size for _, name in pairs)
   print(f'imported {len(pairs)} tensors, {total / 1e6:,.1f} MB, of a {found.family.name} into '
         f'{out}', file=sys.stderr)
+  return out
+
+
+def check_flags(*, out: str, dtype: str) -> str:
+  """Refuses a dtype that is none, and a place that cannot be written to.
+
+  Args:
+    out: directory of checkpoints to make.
+    dtype: of the checkpoint.
+  Returns:
+    The whole path of `out`.
+  Raises:
+    ValueError: naming what is wrong.
+  """
+  if dtype not in ('as_stored', 'float32', 'bfloat16', 'float16'):
+    raise ValueError(f"dtype={dtype!r}; allowed: 'as_stored', 'float32', 'bfloat16', 'float16'")
+  if '://' in out:
+    raise ValueError(f'out={out!r}: an import is written to a local folder; copy it from there')
+  out = os.path.abspath(os.path.expanduser(out))
+  if os.path.exists(out):
+    raise ValueError(f'{out} exists already; give a new directory, or remove it')
   return out
 
 
@@ -208,7 +224,7 @@ def _dtypes(found: folder.Folder, pairs: list[tuple[table.Place, str]], dtype: D
   kinds: dict[str, set[str]] = {}
   for place, name in pairs:
     for part in place.row.parts:
-      kinds.setdefault(part.ours, set()).add(_OURS[found.stored[name].dtype])
+      kinds.setdefault(part.ours, set()).add(DTYPES[found.stored[name].dtype])
   if dtype != 'as_stored':
     return dict.fromkeys(kinds, dtype)
   return {path: names.pop() if len(names) == 1 else 'float32' for path, names in kinds.items()}

@@ -62,16 +62,12 @@ def write(folder: str, planned: Sequence[Planned], tensors: Iterable[np.ndarray]
   Returns:
     Names of the files with tensors.
   """
-  shards: list[list[Planned]] = [[]]
-  for one in planned:
-    if shards[-1] and sum(p.size for p in shards[-1]) + one.size > shard_size:
-      shards.append([])
-    shards[-1].append(one)
-  count = len(shards)
+  parts = shards(planned, shard_size)
+  count = len(parts)
   names = [files.SINGLE] if count == 1 else [
       f'model-{i + 1:05d}-of-{count:05d}.safetensors' for i in range(count)]
   source = iter(tensors)
-  for name, shard in zip(names, shards, strict=True):
+  for name, shard in zip(names, parts, strict=True):
     with open(os.path.join(folder, name), 'wb') as file:
       file.write(_header(shard))
       for one in shard:
@@ -83,11 +79,26 @@ def write(folder: str, planned: Sequence[Planned], tensors: Iterable[np.ndarray]
   for left in source:  # Lets the source end, which may refuse what it has given.
     raise AssertionError(left)
   if count > 1:
-    where = {one.name: name for name, shard in zip(names, shards, strict=True) for one in shard}
+    where = {one.name: name for name, shard in zip(names, parts, strict=True) for one in shard}
     with open(os.path.join(folder, files.INDEX), 'w', encoding='utf-8') as file:
       json.dump({'metadata': {'total_size': sum(p.size for p in planned)},
                  'weight_map': dict(sorted(where.items()))}, file, indent=2)
   return names
+
+
+def shards(planned: Sequence[Planned], shard_size: int) -> list[list[Planned]]:
+  """The tensors of each file.
+
+  Args:
+    planned: what will come.
+    shard_size: bytes of tensors per file; a larger tensor has a file of its own.
+  """
+  parts: list[list[Planned]] = [[]]
+  for one in planned:
+    if parts[-1] and sum(p.size for p in parts[-1]) + one.size > shard_size:
+      parts.append([])
+    parts[-1].append(one)
+  return parts
 
 
 def _header(shard: Sequence[Planned]) -> bytes:
