@@ -78,7 +78,7 @@ def test_settings_a_file_leaves_out_have_the_values_of_its_library(name, vocab, 
 @pytest.mark.parametrize('changes, message', [
     ({'is_decoder': True}, 'is_decoder=True is not supported'),
     ({'position_embedding_type': 'relative_key'}, "position_embedding_type='relative_key' is not"),
-    ({'hidden_act': 'laplace'}, "activation 'laplace' is not supported"),
+    ({'hidden_act': 'prelu'}, "activation 'prelu' is not supported"),
 ])
 def test_what_would_compute_something_else_is_refused_by_name(changes, message):
   for name in ('bert_mlm', 'roberta_mlm'):

@@ -85,8 +85,8 @@ def test_every_form_of_the_mlp_is_read_and_written(form, wanted):
 def test_the_settings_derived_from_the_form_count_where_they_are_there():
   found = _read(feed_forward_proj='gated-gelu', dense_act_fn='silu', is_gated_act=False).decoder
   assert (found.activation, found.mlp_form) == ('silu', 'plain')
-  with pytest.raises(ValueError, match="'gated-laplace' with activation 'laplace' is not supp"):
-    _read(feed_forward_proj='gated-laplace', dense_act_fn='gone')
+  with pytest.raises(ValueError, match="'gated-prelu' with activation 'prelu' is not supp"):
+    _read(feed_forward_proj='gated-prelu', dense_act_fn='gone')
 
 
 def test_settings_a_file_leaves_out_have_the_values_of_its_library():

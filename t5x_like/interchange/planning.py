@@ -84,9 +84,11 @@ def show_import(hf_dir: str, *, out: str, mesh: Mesh | None = None,
     read = Settings({**read.values, **settled}, read.where)
     made = problems.attempt(folder.configuration, read, unknown)
     config = made[1] if made else _readable(family, read)
+    problems.attempt(folder.check_readable, read)
   if not (family and config):
     problems.end('the import')
     raise AssertionError(hf_dir)
+  stored = None if stored is None else folder.whole_names(family, config, stored)
   mesh = mesh_lib.make_mesh(devices=1) if mesh is None else mesh
   structure = problems.attempt(state_lib.describe, family.model(config=config), mesh,
                                rules_lib.data_parallel() if rules is None else rules)
