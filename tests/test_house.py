@@ -304,7 +304,32 @@ def test_there_are_entry_points():
 # Every command that the documentation shows, as it is written there, and the test that runs it.
 _BENCH = 'tests/test_experiments_bench.py::test_script_measures_the_data_from_anywhere'
 _DRY_RUN = 'tests/test_t5x_like_interchange_planning.py::test_commands_of_the_documentation'
+_LAUNCH = 'tests/test_docs_launch.py::test_command_of_the_documentation'
 _COMMANDS: dict[str, str] = {
+  './scripts/launch_local --processes 2 -- python -m t5x_like.train '
+  '--gin_file=runs/a/config.gin': _LAUNCH,
+  './scripts/launch_tpu_pod run a --zone us-east5-b --accelerator_type v6e-16 --spot '
+  "--prepare 'mountpoint -q /shared || sudo mount --mkdir 10.0.0.2:/share /shared' -- "
+  'python -m t5x_like.train --gin_file=gin/runs/pretrain.gin '
+  r'--gin_file=gin/models/decoder_125m.gin --gin.MODEL_DIR=\"/shared/a\" '
+  r'--gin.STORE_DIR=\"/shared/stores\" --gin.SOURCES=\"text\" --gin.TRAIN_STEPS=2000': _LAUNCH,
+  './scripts/launch_tpu_pod status a --zone us-east5-b': _LAUNCH,
+  './scripts/launch_tpu_pod logs a --zone us-east5-b': _LAUNCH,
+  './scripts/launch_tpu_pod stop a --zone us-east5-b': _LAUNCH,
+  './scripts/launch_gke a --image us-docker.pkg.dev/project/repository/t5x_like:1 '
+  '--accelerator tpu-v6e-slice --topology 4x4 --volume share:/shared -- python -m '
+  't5x_like.train --gin_file=runs/pretrain.gin --gin_file=models/decoder_125m.gin '
+  r'--gin.MODEL_DIR=\"/shared/a\" --gin.STORE_DIR=\"/shared/stores\" '
+  r'--gin.SOURCES=\"text\" --gin.TRAIN_STEPS=2000': _LAUNCH,
+  './scripts/launch_gke a --xpk --cluster c --tpu_type v6e-16 --image '
+  'us-docker.pkg.dev/project/repository/t5x_like:1 -- python -m t5x_like.train '
+  '--gin_file=runs/pretrain.gin --gin_file=models/decoder_125m.gin '
+  r'--gin.MODEL_DIR=\"/shared/a\" --gin.STORE_DIR=\"/shared/stores\" '
+  r'--gin.SOURCES=\"text\" --gin.TRAIN_STEPS=2000': _LAUNCH,
+  './scripts/launch_slurm a --nodes 2 --gpus_per_node 8 --time 4:00:00 --partition gpu '
+  '-- python -m t5x_like.train --gin_file=gin/runs/pretrain.gin '
+  r'--gin_file=gin/models/decoder_125m.gin --gin.MODEL_DIR=\"/shared/a\" '
+  r'--gin.STORE_DIR=\"/shared/stores\" --gin.SOURCES=\"text\" --gin.TRAIN_STEPS=200000': _LAUNCH,
   'python -m t5x_like.convert import llama --out runs/llama':
     'tests/test_t5x_like_interchange_importing.py::test_commands_of_the_documentation',
   'python -m t5x_like.convert export runs/llama --out llama-again':

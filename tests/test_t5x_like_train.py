@@ -180,6 +180,7 @@ def test_evaluation_agrees_with_the_loss_written_out(whole, tmp_path):
     ({'ema': 1.0}, r'ema=1.0 must be in \(0, 1\)'),
     ({'model': toy.model(vocab=200)}, r'token ids up to 258 but the model has vocab=200'),
     ({'microbatches': 3}, 'does not divide into 3 microbatches'),
+    ({'workdir': 'gs://bucket/a'}, "workdir='gs://bucket/a' is an address"),
 ])
 def test_settings_that_do_not_fit_are_refused_before_anything_is_written(
     whole, tmp_path, changes, text):
