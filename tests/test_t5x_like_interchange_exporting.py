@@ -4,6 +4,7 @@ import dataclasses
 import json
 import os
 import pathlib
+import shutil
 
 import golden_hf
 import jax
@@ -181,3 +182,23 @@ def test_values_too_large_for_float16_are_refused_all_at_once(tmp_path):
 def test_sizes_are_read():
   assert [safetensors.size(t) for t in ('7', '20KB', '1.5GB', ' 3mb ')] == [
       7, 20_000, 1_500_000_000, 3_000_000]
+
+
+def test_a_tensor_that_nothing_is_computed_with_comes_back_too(tmp_path):
+  """An untied BERT has two biases of its head, of which one is added."""
+  theirs = pathlib.Path(shutil.copytree(golden_hf.FOLDER / 'bert_mlm', tmp_path / 'theirs'))
+  tensors = {name: one.read() for name, one in files.tensors(str(theirs)).items()}
+  tensors['cls.predictions.decoder.weight'] = np.flip(
+      tensors['bert.embeddings.word_embeddings.weight'], 0).copy()
+  tensors['cls.predictions.decoder.bias'] = tensors['cls.predictions.bias'] + 1
+  safetensors.write(str(theirs), [safetensors.Planned(name, 'F32', x.shape)
+                                  for name, x in tensors.items()], tensors.values(),
+                    shard_size=10**9)
+  values = json.loads((theirs / 'config.json').read_text())
+  (theirs / 'config.json').write_text(json.dumps({**values, 'tie_word_embeddings': False}))
+  ours = importing.import_folder(str(theirs), out=str(tmp_path / 'ours'))
+  again = exporting.export(ours, out=str(tmp_path / 'again'))
+  found = {name: one.read() for name, one in files.tensors(again).items()}
+  assert found.keys() == tensors.keys()
+  for name, value in tensors.items():
+    np.testing.assert_array_equal(found[name], value, err_msg=name)

@@ -151,7 +151,10 @@ def prepare(checkpoint: str, *, model: Any, dtype: DType, family: str | None, st
   leaves = folder.leaves(structure)
   _check(reader, root, leaves, path)
   places = list(table.places(chosen.rows(config), leaves))
-  constants = chosen.constants(config)
+  constants = {**chosen.constants(config)}
+  spare = os.path.join(kept, importing.SPARE)
+  if imported.get('family') == chosen.name and os.path.isdir(spare):
+    constants |= {name: stored.read() for name, stored in files.tensors(spare).items()}
   return Plan(path, reader, kept, original, chosen, config, root, leaves, places, constants,
               _plan(places, constants, dtype=dtype, imported=imported))
 

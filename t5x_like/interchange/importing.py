@@ -20,10 +20,11 @@ from partitioning import rules as rules_lib
 from t5x_like import integrity
 from t5x_like import state as state_lib
 from t5x_like.data import progress
-from t5x_like.interchange import arrays, folder, modelfile
+from t5x_like.interchange import arrays, folder, modelfile, safetensors
 
 DType = Literal['as_stored', 'float32', 'bfloat16', 'float16']
 KEPT = 'hf'  # folder of the settings and tokenizer files an export needs
+SPARE = 'spare'  # in it, tensors of the file that nothing is computed with
 MODEL_FILE = 'model.gin'
 _JOURNAL, _ARRAYS, _STEP = 'journal.jsonl', 'arrays', '0'
 # What the dtypes of files become.
@@ -209,6 +210,14 @@ class _Job:
     arrays.frame(os.path.join(work, _STEP), arrays=os.path.join(work, _ARRAYS),
                  manifest=integrity.seal(body))
     folder.keep_files(found.path, os.path.join(work, KEPT))
+    # Nothing is computed with them, but an export gives them back.
+    spare = {name: one for name, one in found.stored.items()
+             if name not in kinds and found.family.canonical(name) in found.family.spare}
+    if spare:
+      os.makedirs(os.path.join(work, KEPT, SPARE))
+      safetensors.write(os.path.join(work, KEPT, SPARE), [
+          safetensors.Planned(name, one.dtype, one.shape) for name, one in spare.items()],
+          (one.read() for one in spare.values()), shard_size=10**12)
     with open(os.path.join(work, MODEL_FILE), 'w', encoding='utf-8') as file:
       file.write(modelfile.text(found.family.model(config=found.config), about=(
           f'A {found.family.name}, imported from {os.path.basename(found.path)}.')))
