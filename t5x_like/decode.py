@@ -90,11 +90,15 @@ def _continue(module: Any, start: tuple[jax.Array, Any, jax.Array], *, key: jax.
   return jax.lax.scan(one, begun, jnp.arange(new_tokens, dtype=jnp.int32))[1].T
 
 
-def _check(prompts: Sequence[Sequence[int]], *, new_tokens: int, seed: int) -> None:
+def _check(prompts: Sequence[Sequence[int]], model: Any, *, new_tokens: int, seed: int) -> None:
   if not 0 <= seed < 1 << 32:
     raise ValueError(f'seed={seed} must be in [0, 2**32): others would draw as one of these')
   if new_tokens < 1 or not prompts or any(len(p) == 0 for p in prompts):
     raise ValueError('generation needs new_tokens >= 1 and at least one id in every prompt')
+  vocab, largest = getattr(model, 'vocab', None), max(map(max, prompts))
+  if vocab is not None and largest >= vocab:
+    raise ValueError(f'a prompt has token id {largest}, but the model has vocab={vocab}: is the '
+                     f'vocabulary the one it was trained with?')
 
 
 def _stops(eos_id: int | Sequence[int] | None) -> tuple[int, ...]:
@@ -156,7 +160,7 @@ class Generator:
       ValueError: an empty prompt, no new token asked for, more than the model has positions for,
         or a seed out of range.
     """
-    _check(prompts, new_tokens=new_tokens, seed=seed)
+    _check(prompts, self._model, new_tokens=new_tokens, seed=seed)
     longest = max(len(p) for p in prompts)
     limits.check(self._model, prompt=longest, new_tokens=new_tokens)
     ids = np.zeros((len(prompts), longest), np.int32)
@@ -213,7 +217,7 @@ class EncDecGenerator:
     Raises:
       ValueError: an empty row, no new token asked for, or a seed out of range.
     """
-    _check(rows, new_tokens=new_tokens, seed=seed)
+    _check(rows, self._model, new_tokens=new_tokens, seed=seed)
     ids = np.zeros((len(rows), max(map(len, rows))), np.int32)
     segments = np.zeros_like(ids)
     for at, row in enumerate(rows):

@@ -54,6 +54,15 @@ def test_generation_fills_the_learned_positions_and_goes_no_further(run, capsys)
     generate.generate(**run, vocabulary=vocabulary, prompt='a' * 30, new_tokens=1)
 
 
+def test_a_prompt_of_another_vocabulary_is_refused(run):
+  class Shifted(vocabularies.ByteVocabulary):
+    def encode(self, text):
+      return [i + 200 for i in super().encode(text)]
+  with pytest.raises(ValueError, match='token id 325, but the model has vocab=260: is the '
+                                       'vocabulary the one it was trained with'):
+    generate.generate(**run, vocabulary=Shifted(), prompt='az', new_tokens=2)
+
+
 def test_a_cache_longer_than_the_learned_positions_is_refused(run):
   with pytest.raises(ValueError, match='17 tokens exceeds max_length=16 of the learned positions'):
     run['model'].empty_cache(1, 17)
