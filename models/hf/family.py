@@ -116,7 +116,7 @@ def of_settings(values: Mapping[str, Any], where: str = 'config.json') -> Family
   """
   known = {kind: family for family in families().values() for kind in family.model_types}
   kind = values.get('model_type')
-  if kind not in known:
+  if not isinstance(kind, str) or kind not in known:
     near = difflib.get_close_matches(str(kind), known, 1)
     raise ValueError(f'{where}: model_type {kind!r} is unknown'
                      + (f'; did you mean {near[0]!r}?' if near else '')

@@ -156,8 +156,6 @@ def configuration(read: Settings, unknown: Unknown = 'refuse') -> tuple[family_l
   """
   if unknown not in ('refuse', 'ignore'):
     raise ValueError(f"unknown={unknown!r}; allowed: 'refuse', 'ignore'")
-  if not isinstance(read.values.get('model_type', ''), str):
-    raise ValueError(f'{read.where}: model_type must be a name, got {read.values["model_type"]!r}')
   family = family_lib.of_settings(read.values, read.where)
   try:
     config = family.read(read)
