@@ -33,12 +33,10 @@ def _scaled(values: Mapping[str, Any]) -> bool:
 
 
 def _settle(values: Mapping[str, Any], stored: Mapping[str, Stored]) -> dict[str, Any]:
-  """A head in the file is one of its own, whatever the settings that transformers 5 wrote say."""
+  """A head in the file is one of its own, whatever the settings say: as transformers 5 does."""
   own, tied = 'lm_head.weight' in stored, values.get('tie_word_embeddings') is not False
   if own != tied:
     return {}
-  if own and values.get('model_type') != 'mt5' and 'scale_decoder_outputs' not in values:
-    return {}  # Of transformers 4, where a head that is said to be tied is.
   if own and 'shared.weight' in stored and np.array_equal(
       stored['lm_head.weight'].read(), stored['shared.weight'].read()):
     return {}
