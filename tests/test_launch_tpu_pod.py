@@ -58,6 +58,9 @@ def pod(tmp_path):
   """A cloud with two workers whose environment is finished, and nothing asked for yet."""
   made = fakes.Cluster(tmp_path)
   made.add('gcloud', _GCLOUD)
+  made.add('sudo', 'sys.exit(97)')  # No worker may change this machine.
+  (made.bin / 'python3').write_text(f'#!/bin/sh\nexec "{sys.executable}" "$@"\n')
+  (made.bin / 'python3').chmod(0o755)
   lock = (fakes.ROOT / f'requirements/lock-{_MINOR}.txt').read_bytes()
   stamp = subprocess.run(['cksum'], input=lock, capture_output=True, check=True).stdout
   for number in range(2):
@@ -123,7 +126,7 @@ def _run(pod, *flags: str, train: str = _TRAIN):
 
 
 def test_a_run_is_created_set_up_started_everywhere_followed_and_gathered(pod):
-  done = _run(pod, '--spot')
+  done = _run(pod, '--spot', '--prepare', "echo 'a  b' >prepared")
   assert done.returncode == 0, done.stderr
   assert _verbs(pod) == ['create', 'scp', 'ssh', 'ssh', 'ssh']
   create = next(call for call in pod.calls() if 'create' in call)
@@ -137,6 +140,7 @@ def test_a_run_is_created_set_up_started_everywhere_followed_and_gathered(pod):
     assert json.loads((worker / 'words').read_text()) == fakes.ODD
     assert (worker / 't5x_like/train.py').exists(), 'the clone was not copied'
     assert 'jax[tpu]==' in (worker / 'pip').read_text()
+    assert (worker.parent / 'prepared').read_text() == 'a  b\n'
     log = (pod.folder / f'logs/slice-0/worker{number}.log').read_text()
     assert log == f'cluster auto python {worker}/.venv/bin\n'
 
@@ -152,6 +156,13 @@ def test_after_a_preemption_the_same_command_runs_on_a_new_one(pod):
   assert verbs[-1] == 'delete' and not (pod.folder / 'state').exists()
   starts = [c for c in pod.calls() if any('setsid' in word for word in c)]
   assert len(starts) == 2 and starts[0] == starts[1]
+
+
+def test_a_worker_whose_old_python_cannot_be_replaced_stops_the_launch(pod):
+  (pod.bin / 'python3').write_text('#!/bin/sh\nexit 1\n')
+  done = _run(pod, '--prepare', 'command() { false; }')
+  assert done.returncode == 97 and ['sudo', 'apt-get', '-qq', 'update'] in pod.calls()
+  assert not any('setsid' in word for call in pod.calls() for word in call)
 
 
 def test_restarts_are_bounded(pod):
@@ -216,6 +227,10 @@ def test_what_cannot_be_had_is_told_with_what_gcloud_says(pod):
   pod.environment['AFTER_CREATE'] = 'FAILED'
   done = pod.run('launch_tpu_pod', 'create', 'a', *_TPU, '--poll', '1')
   assert done.returncode == 2 and 'error: a cannot be had (FAILED, see above)' in done.stderr
+  # Left from before, it is asked for anew.
+  del pod.environment['AFTER_CREATE']
+  assert pod.run('launch_tpu_pod', 'create', 'a', *_TPU, '--poll', '1').returncode == 0
+  assert _verbs(pod) == ['create', 'delete', 'create']
   (pod.folder / 'state').write_text('BROKEN')
   done = pod.run('launch_tpu_pod', 'status', 'a', *_ZONE)
   assert done.returncode == 2 and 'You do not currently have an active account' in done.stderr
