@@ -38,6 +38,10 @@ elif verb == 'delete':
 elif state.read_text() != 'ACTIVE':
   sys.exit('ERROR: no such node')
 elif verb == 'scp':
+  if os.environ.get('LOST') and not (cloud / 'lost').exists():
+    (cloud / 'lost').touch()
+    state.write_text('SUSPENDED')
+    sys.exit('ERROR: connection closed')
   for worker in workers:
     shutil.copy(rest[0], worker)
 elif verb == 'ssh':
@@ -158,10 +162,18 @@ def test_after_a_preemption_the_same_command_runs_on_a_new_one(pod):
   assert len(starts) == 2 and starts[0] == starts[1]
 
 
+def test_what_is_taken_away_while_it_is_set_up_is_asked_for_again(pod):
+  pod.environment['LOST'] = '1'
+  done = _run(pod)
+  assert done.returncode == 0 and 'restart 1 of 20' in done.stderr, done.stderr
+  assert _verbs(pod)[:4] == ['create', 'scp', 'delete', 'create']
+
+
 def test_a_worker_whose_old_python_cannot_be_replaced_stops_the_launch(pod):
   (pod.bin / 'python3').write_text('#!/bin/sh\nexit 1\n')
   done = _run(pod, '--prepare', 'command() { false; }')
-  assert done.returncode == 97 and ['sudo', 'apt-get', '-qq', 'update'] in pod.calls()
+  assert done.returncode == 1 and 'error: the workers cannot be set up' in done.stderr
+  assert ['sudo', 'apt-get', '-qq', 'update'] in pod.calls() and 'costs money' in done.stderr
   assert not any('setsid' in word for call in pod.calls() for word in call)
 
 
