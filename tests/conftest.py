@@ -1,4 +1,5 @@
-"""Settings of every test: eight simulated devices on CPU, strict ranks, no cache between runs."""
+"""Settings of every test: eight simulated devices on CPU, strict ranks, no cache between runs, and
+code that LLVM leaves unoptimised, which compiles in half the time and computes the same."""
 
 import itertools
 import os
@@ -8,9 +9,10 @@ import textwrap
 
 # Before JAX is imported anywhere: it reads these once. Hence the late imports below.
 os.environ['JAX_PLATFORMS'] = 'cpu'
-_FLAG = '--xla_force_host_platform_device_count'
-if _FLAG not in os.environ.get('XLA_FLAGS', ''):
-  os.environ['XLA_FLAGS'] = f'{os.environ.get("XLA_FLAGS", "")} {_FLAG}=8'.strip()
+for _flag, _value in (('--xla_force_host_platform_device_count', 8),
+                      ('--xla_backend_optimization_level', 0)):
+  if _flag not in os.environ.get('XLA_FLAGS', ''):
+    os.environ['XLA_FLAGS'] = f'{os.environ.get("XLA_FLAGS", "")} {_flag}={_value}'.strip()
 os.environ['JAX_NUMPY_RANK_PROMOTION'] = 'raise'
 os.environ['JAX_ENABLE_COMPILATION_CACHE'] = 'false'
 os.environ.setdefault('TF_CPP_MIN_LOG_LEVEL', '2')

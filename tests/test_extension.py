@@ -138,9 +138,9 @@ LENGTH = 32
 
 def _python(folder: pathlib.Path, module: str, *flags: str) -> subprocess.CompletedProcess:
   """Runs a module as a user would who stands in a folder elsewhere."""
-  environment = {k: v for k, v in os.environ.items() if k not in ('XLA_FLAGS', 'PYTHONPATH')}
   return subprocess.run([sys.executable, '-m', module, *flags], cwd=folder, capture_output=True,
-                        text=True, env={**environment, 'PYTHONPATH': str(_ROOT)})
+                        text=True, env={**os.environ, **toy.ONE_DEVICE,
+                                        'PYTHONPATH': str(_ROOT)})
 
 
 @pytest.fixture(scope='module')

@@ -106,8 +106,7 @@ def test_explains_itself():
 
 
 def _environment() -> dict[str, str]:
-  kept = {name: value for name, value in os.environ.items() if name != 'XLA_FLAGS'}
-  return {**kept, 'PYTHONPATH': str(_ROOT)}
+  return {**os.environ, **toy.ONE_DEVICE, 'PYTHONPATH': str(_ROOT)}
 
 
 def _losses(run: pathlib.Path) -> list[float]:

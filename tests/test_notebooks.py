@@ -10,6 +10,7 @@ import sysconfig
 import nbclient
 import nbformat
 import pytest
+import toy
 
 _ROOT = pathlib.Path(__file__).parent.parent
 _NOTEBOOKS = sorted((_ROOT / 'experiments/notebooks').glob('*.ipynb'))
@@ -52,11 +53,11 @@ def test_the_quickstart_installs_a_clone_it_finds_and_asks_for_one_otherwise(tmp
 def executed(tmp_path_factory):
   """The quickstart's cells after a run on one package of the standard library."""
   folder = tmp_path_factory.mktemp('notebook')
-  toy = {'TEXT': f'{sysconfig.get_path("stdlib")}/email', 'FOLDER': str(folder / 'out'),
-         'VOCABULARY': '600', 'STEPS': '20', 'BATCH': '4', 'LENGTH': '64'}
-  changes = {f'QUICKSTART_{name}': value for name, value in toy.items()}
+  small = {'TEXT': f'{sysconfig.get_path("stdlib")}/email', 'FOLDER': str(folder / 'out'),
+           'VOCABULARY': '600', 'STEPS': '20', 'BATCH': '4', 'LENGTH': '64'}
+  changes = {f'QUICKSTART_{name}': value for name, value in small.items()}
   # As where the package is installed: it can be imported, whatever the current folder.
-  changes |= {'PYTHONPATH': str(_ROOT), 'XLA_FLAGS': '', 'JAX_NUMPY_RANK_PROMOTION': 'raise',
+  changes |= {'PYTHONPATH': str(_ROOT), **toy.ONE_DEVICE, 'JAX_NUMPY_RANK_PROMOTION': 'raise',
               'IPYTHONDIR': str(folder / 'ipython')}
   notebook = nbformat.read(_ROOT / 'experiments/notebooks/quickstart.ipynb', as_version=4)
   client = nbclient.NotebookClient(notebook, timeout=300, kernel_name='python3',

@@ -9,6 +9,7 @@ import sys
 
 import numpy as np
 import pytest
+import toy
 
 _ROOT = pathlib.Path(__file__).parent.parent
 _MINOR = f'{sys.version_info[0]}.{sys.version_info[1]}'
@@ -34,9 +35,8 @@ def venv(tmp_path_factory):
 
 
 def _quickstart(venv, cwd, *flags: str) -> subprocess.CompletedProcess:
-  environment = {name: value for name, value in os.environ.items() if name != 'XLA_FLAGS'}
   return subprocess.run([_ROOT / 'scripts/quickstart', *flags], cwd=cwd, capture_output=True,
-                        text=True, env={**environment, 'T5X_LIKE_VENV': str(venv)})
+                        text=True, env={**os.environ, **toy.ONE_DEVICE, 'T5X_LIKE_VENV': str(venv)})
 
 
 @pytest.fixture(scope='module')

@@ -41,10 +41,10 @@ train.train.writers = ('jsonl',)
 
 
 def start(folder, gin):
-  environment = {k: v for k, v in os.environ.items() if k != 'XLA_FLAGS'}
   return subprocess.Popen(
       [sys.executable, '-m', 't5x_like.train', f'--gin_file={gin}',
-       f'--gin.MODEL_DIR="{folder}"'], cwd=ROOT, env={**environment, 'PYTHONPATH': str(ROOT)},
+       f'--gin.MODEL_DIR="{folder}"'], cwd=ROOT,
+      env={**os.environ, **toy.ONE_DEVICE, 'PYTHONPATH': str(ROOT)},
       stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
 
 
