@@ -88,7 +88,7 @@ class Memory:
 
 
 def reference(q: Float[Array, 'B L H K'], k: Float[Array, 'B S G K'], v: Float[Array, 'B S G K'],
-              mask: Mask, bias: Float[Array, '#B H L S'] | None, *, softcap: float | None = None
+              mask: Mask, bias: Float[Array, '#B H #L S'] | None, *, softcap: float | None = None
               ) -> Float[Array, 'B L H K']:
   """Plain softmax attention with float32 scores, heads leading so every product is canonical.
 
@@ -106,14 +106,14 @@ def reference(q: Float[Array, 'B L H K'], k: Float[Array, 'B S G K'], v: Float[A
   q = q.reshape(batch, length, groups, repeat, width).transpose(0, 2, 3, 1, 4)
   k, v = k.transpose(0, 2, 1, 3), v.transpose(0, 2, 1, 3)
   if bias is not None:
-    bias = bias.reshape(bias.shape[0], groups, repeat, length, keys)
+    bias = bias.reshape(bias.shape[0], groups, repeat, bias.shape[2], keys)
   out: jax.Array = weighted((q, k, v), mask.dense(length, keys)[:, :, None], bias, softcap)
   return out.transpose(0, 3, 1, 2, 4).reshape(batch, length, heads, width)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
 def weighted(qkv: tuple[jax.Array, jax.Array, jax.Array], allowed: Bool[Array, '#B 1 1 L S'],
-             bias: Float[Array, '#B G R L S'] | None, softcap: float | None
+             bias: Float[Array, '#B G R #L S'] | None, softcap: float | None
              ) -> Float[Array, 'B G R L K']:
   """softmax(cap(q k) + bias) v with float32 scores; its backward pass keeps the weights alone.
 
@@ -172,6 +172,21 @@ def alibi_bias(mask: Mask, length: int, keys: int, slopes: Float[Array, ' H']
   return -slopes.reshape(1, -1, 1, 1) * distance[None, None]
 
 
+def rounded_alibi_bias(mask: Mask, keys: int, slopes: Float[Array, ' H']
+                       ) -> Float[Array, '#B H 1 S']:
+  """slope x place of the key in its segment, both and their product rounded to bfloat16.
+
+  Without rounding, softmax makes it equal to `alibi_bias`; Falcon's reference rounds.
+  """
+  place = jnp.arange(keys, dtype=jnp.int32)[None]
+  if mask.keys is not None:
+    new = jnp.concatenate([jnp.zeros_like(mask.keys[:, :1], bool),
+                           mask.keys[:, 1:] != mask.keys[:, :-1]], 1)
+    place = place - jax.lax.cummax(jnp.where(new, place, 0), axis=1)
+  product = slopes.astype(jnp.bfloat16)[None, :, None] * place.astype(jnp.bfloat16)[:, None, :]
+  return product.astype(jnp.float32)[:, :, None, :]
+
+
 def choose(kernel: Kernel, *, length: int, keys: int, mask: Mask, bias: bool = False,
            softcap: float | None = None) -> Kernel:
   """The kernel 'auto' stands for: splash on TPU for whole tiles, cuDNN's on GPU, else reference."""
@@ -187,7 +202,7 @@ def choose(kernel: Kernel, *, length: int, keys: int, mask: Mask, bias: bool = F
 
 
 def attend(q: Float[Array, 'B L H K'], k: Float[Array, 'B S G K'], v: Float[Array, 'B S G K'], *,
-           mask: Mask, kernel: Kernel, bias: Float[Array, '#B H L S'] | None = None,
+           mask: Mask, kernel: Kernel, bias: Float[Array, '#B H #L S'] | None = None,
            scale: float | None = None, softcap: float | None = None) -> Float[Array, 'B L H K']:
   """Attention of queries over keys with the chosen kernel.
 
@@ -251,7 +266,7 @@ class Attention(nnx.Module):
 
   def __call__(self, x: Float[Array, 'B L D'], *, mask: Mask, rotary: positions.Rotary | None,
                cached: tuple[jax.Array, jax.Array] | None,
-               bias: Float[Array, '#B H L S'] | None = None, depth: Float[Array, ''] | None = None
+               bias: Float[Array, '#B H #L S'] | None = None, depth: Float[Array, ''] | None = None
                ) -> tuple[Float[Array, 'B L D'], tuple[jax.Array, jax.Array] | None]:
     """Self-attention over this row, or over the cache while decoding.
 
@@ -275,9 +290,11 @@ class Attention(nnx.Module):
       write = lambda old, new: jax.lax.dynamic_update_slice_in_dim(old, new, mask.offset, 1)
       k, v = cached = (write(cached[0], k), write(cached[1], v))
     if config.position == 'alibi':
-      slopes = positions.alibi_slopes(config.heads, config.alibi_order)
-      slopes = config.alibi_scale * jnp.asarray(slopes, jnp.float32)
-      bias = alibi_bias(mask, q.shape[1], k.shape[1], slopes)
+      slopes = jnp.asarray(positions.alibi_slopes(config.heads, config.alibi_order,
+                                                  config.alibi_max), jnp.float32)
+      bias = config.alibi_scale * (
+          alibi_bias(mask, q.shape[1], k.shape[1], slopes) if config.alibi_rounding == 'none'
+          else rounded_alibi_bias(mask, k.shape[1], slopes))
     out = attend(q, k, v, mask=mask, kernel=config.kernel, bias=bias,
                  scale=config.attention_scale, softcap=config.attention_softcap)
     out = rules.constrain(out, 'batch', 'length', 'heads', 'head_dim')

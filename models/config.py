@@ -91,7 +91,9 @@ class DecoderConfig:
     local_rope_theta: base in layers of kind 'local'; None: as in the others, scaling included.
     local_rope_scaling: where `local_rope_theta` is set, the scaling of these layers.
     alibi_order: order of the slopes of head counts that are no power of two: 'paper' or 'mpt'.
-    alibi_scale: multiplies the slopes; Falcon's is head_dim ** -0.5.
+    alibi_max: the exponent of the smallest slope of a head count that is a power of two, 2 ** -8.
+    alibi_scale: multiplies the bias; Falcon's is head_dim ** -0.5.
+    alibi_rounding: 'bfloat16' rounds slopes and their products with the keys' places, as Falcon.
     relative_buckets: of distances, both directions together.
     relative_distance: from which on all distances share a bucket.
     max_length: longest row; needed by learned positions, a check for the others.
@@ -141,7 +143,9 @@ class DecoderConfig:
   local_rope_theta: float | None = None
   local_rope_scaling: RopeScaling | None = None
   alibi_order: Literal['paper', 'mpt'] = 'paper'
+  alibi_max: float = 8.0
   alibi_scale: float = 1.0
+  alibi_rounding: Literal['none', 'bfloat16'] = 'none'
   relative_buckets: int = 32
   relative_distance: int = 128
   max_length: int = 2048

@@ -142,16 +142,17 @@ def rotate(x: Float[Array, 'B L H K'], cos: Float[Array, 'B L 1 R'], sin: Float[
   return jnp.concatenate([out, rest], -1) if rest.shape[-1] else out
 
 
-def alibi_slopes(heads: int, order: str = 'paper') -> list[float]:
+def alibi_slopes(heads: int, order: str = 'paper', most: float = 8.0) -> list[float]:
   """ALiBi's slope per head (arXiv:2108.12409).
 
   Args:
     heads: H.
     order: for H that is no power of two, 'paper' takes the next lower power's slopes and then
       every other one of the next higher's; 'mpt' the higher's odd ones, then its even ones.
+    most: the smallest slope of a power of two is 2 ** -most.
   """
   def powers(n: int) -> list[float]:
-    return [2.0 ** (-8.0 * (i + 1) / n) for i in range(n)]
+    return [2.0 ** (-most * (i + 1) / n) for i in range(n)]
   below = 2 ** math.floor(math.log2(heads))
   if below == heads:
     return powers(heads)

@@ -156,6 +156,18 @@ def test_alibi_slopes():
   assert positions.alibi_slopes(8) == [2.0 ** -i for i in range(1, 9)]
   # 12 heads: eight of the power of two below, then every other one of the sixteen above.
   assert positions.alibi_slopes(12)[8:] == [2.0 ** (-0.5 * i) for i in (1, 3, 5, 7)]
+  assert positions.alibi_slopes(2, most=6.0) == [2.0 ** -3, 2.0 ** -6]
+
+
+def test_rounded_alibi_counts_places_in_each_document_and_rounds_twice():
+  segments = jnp.array([[0, 0, 1, 1, 1, 2], [1, 1, 1, 1, 1, 1]], jnp.int32)
+  slopes = jnp.asarray(positions.alibi_slopes(12), jnp.float32)
+  bias = attention.rounded_alibi_bias(attention.Mask(segments, segments), 6, slopes)
+  places = np.array([[0, 1, 0, 1, 2, 0], [0, 1, 2, 3, 4, 5]])
+  short = lambda x: np.asarray(x, jnp.bfloat16).astype(np.float32)
+  wanted = short(short(slopes)[None, :, None] * places[:, None, :])
+  np.testing.assert_array_equal(bias[:, :, 0], wanted)
+  assert np.abs(wanted - np.asarray(slopes)[None, :, None] * places[:, None, :]).max() > 1e-3
 
 
 def test_rotation_depends_on_the_distance_only():

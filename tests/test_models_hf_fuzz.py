@@ -90,15 +90,16 @@ def _neox(d: Draw) -> dict:
 
 
 def _mpt(d: Draw) -> dict:
-  heads = d.of(1, 3, 5, 6, 7)
+  heads = d.of(1, 3, 5, 6, 7, 12)
   return {'d_model': heads * d.of(3, 5, 8), 'n_heads': heads, 'n_layers': d.of(1, 2),
           'vocab_size': 53, 'max_seq_len': 37, 'layer_norm_epsilon': d.of(1e-2, 1e-6),
           'tie_word_embeddings': d.chance(), 'attn_config': {
-              'clip_qkv': d.of(None, 0.3, 6.0), 'softmax_scale': d.of(None, 0.9)}}
+              'clip_qkv': d.of(None, 0.3, 6.0), 'softmax_scale': d.of(None, 0.9),
+              'alibi_bias_max': d.of(8, 11)}}
 
 
 def _falcon(d: Draw) -> dict:
-  heads, kind = d.of(2, 3, 6), d.of(
+  heads, kind = d.of(2, 3, 6, 9), d.of(
       {'multi_query': True}, {'new_decoder_architecture': True, 'num_kv_heads': 1},
       {'new_decoder_architecture': True, 'num_ln_in_parallel_attn': 1},
       {'alibi': True, 'multi_query': False, 'parallel_attn': False, 'bias': True},

@@ -42,6 +42,7 @@ def _read(c: Settings) -> DecoderConfig:
       block=('serial' if not parallel else 'parallel_norms' if new and norms == 2 else 'parallel'),
       position='alibi' if alibi else 'rope',
       alibi_scale=_ALIBI_SCALE * (embed // heads) ** -0.5 if alibi else 1.0,
+      alibi_rounding='bfloat16' if alibi else 'none',
       embeddings=c.embeddings(default=True),
       biases=('qkv', 'out', 'mlp', 'norm') if biased else ('norm',), **rope)
 
