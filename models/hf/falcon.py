@@ -48,7 +48,7 @@ def _read(c: Settings) -> DecoderConfig:
 
 
 def _write(config: DecoderConfig) -> dict[str, Any]:
-  names.require(config, 'falcon', norm='layernorm', mlp_form='plain')
+  names.require(config, 'falcon', norm='layernorm', mlp_form='plain', alibi_max=8.0)
   new = _new(config)
   return {'vocab_size': config.vocab, 'hidden_size': config.embed,
           'num_hidden_layers': config.layers, 'num_attention_heads': config.heads,

@@ -24,6 +24,7 @@ def _read(c: Settings) -> DecoderConfig:
   attention = c.inside('attn_config')
   attention.read.update(_HARMLESS)
   attention.only('alibi', True, default=True)
+  attention.read.add('alibi_bias_max')  # The reference never reads it.
   attention.only('qk_ln', False, default=False)
   attention.only('prefix_lm', False, default=False)
   attention.only('attn_type', 'multihead_attention', default='multihead_attention')
@@ -32,7 +33,6 @@ def _read(c: Settings) -> DecoderConfig:
       heads=c.get('n_heads', 'num_attention_heads'),
       mlp=4 * embed, mlp_form='plain', activation='gelu', norm='layernorm',
       norm_eps=c.get('layer_norm_epsilon', default=1e-5), position='alibi', alibi_order='mpt',
-      alibi_max=float(attention.get('alibi_bias_max', default=8)),
       max_length=c.get('max_seq_len', default=2048), embeddings=c.embeddings(default=True),
       attention_scale=attention.get('softmax_scale', default=None),
       clip_qkv=attention.get('clip_qkv', default=None) or None)
@@ -40,14 +40,13 @@ def _read(c: Settings) -> DecoderConfig:
 
 def _write(config: DecoderConfig) -> dict[str, Any]:
   names.require(config, 'mpt', position='alibi', mlp=4 * config.embed, biases=(),
-                alibi_rounding='none')
-  most = int(config.alibi_max) if config.alibi_max % 1 == 0 else config.alibi_max
+                alibi_max=8.0, alibi_rounding='none')
   return {'vocab_size': config.vocab, 'd_model': config.embed, 'n_layers': config.layers,
           'n_heads': config.heads, 'expansion_ratio': 4, 'max_seq_len': config.max_length,
           'layer_norm_epsilon': config.norm_eps, 'no_bias': True, 'learned_pos_emb': False,
           'norm_type': 'low_precision_layernorm',
           'tie_word_embeddings': config.embeddings == 'tied',
-          'attn_config': {'alibi': True, 'alibi_bias_max': most, 'attn_impl': 'torch',
+          'attn_config': {'alibi': True, 'alibi_bias_max': 8, 'attn_impl': 'torch',
                           'attn_type': 'multihead_attention', 'clip_qkv': config.clip_qkv,
                           'prefix_lm': False, 'qk_ln': False,
                           'softmax_scale': config.attention_scale}}
